@@ -1,0 +1,175 @@
+"""What a model is (`ModelConfig`) and how the paper trains it (`PRESETS`)."""
+
+from __future__ import annotations
+
+import json
+import os
+from dataclasses import dataclass, field
+from pathlib import Path
+
+# What transformers assumes when config.json leaves a field out (its LlamaConfig, MistralConfig and Qwen2Config).
+FAMILY_DEFAULTS = {
+    "llama": dict(),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
+    "qwen2": dict(num_key_value_heads=32, attention_bias=True),
+}
+REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+ROPE_TYPES = ("default", "linear", "llama3")
+
+
+@dataclass
+class ModelConfig:
+    """The architecture of a decoder; fields are named as in a Hugging Face `config.json`."""
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    model_type: str = "llama"
+    rms_norm_eps: float = 1e-6
+    max_position_embeddings: int = 2048
+    rope_theta: float = 10000.0
+    rope_scaling: dict = field(default_factory=lambda: {"rope_type": "default"})
+    sliding_window: int | None = None  # causal: the last w tokens, the own one included; bidirectional: within w
+    attention_bias: bool = False  # on q, k, v (and, except in Qwen2, o)
+    mlp_bias: bool = False
+    tie_word_embeddings: bool = False
+    is_causal: bool = True  # False in a merged export: the checkpoint was trained to look both ways
+
+    def __post_init__(self):
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})"
+            )
+
+    @classmethod
+    def from_dict(cls, raw: dict, source: str = "config.json") -> ModelConfig:
+        """Reads the fields of a `config.json` as transformers 4 or 5 writes it.
+
+        Raises:
+            ValueError: an unsupported `model_type`, `hidden_act` or rope type, or a missing size.
+        """
+        model_type = raw.get("model_type")
+        if model_type not in FAMILY_DEFAULTS:
+            raise ValueError(f"{source}: model_type is {model_type!r}, supported are {', '.join(FAMILY_DEFAULTS)}")
+        if raw.get("hidden_act", "silu") != "silu":
+            raise ValueError(f"{source}: hidden_act is {raw['hidden_act']!r}, only 'silu' (SwiGLU) is supported")
+        missing = [name for name in REQUIRED if not isinstance(raw.get(name), int)]
+        if missing:
+            raise ValueError(f"{source}: no whole number for {', '.join(missing)}")
+
+        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and raw[name] is not None}
+        fields = FAMILY_DEFAULTS[model_type] | known
+        if "sliding_window" in raw:  # null switches it off
+            fields["sliding_window"] = raw["sliding_window"]
+        if model_type == "qwen2":  # Qwen2 has a second switch, off by default, and always its q, k, v biases
+            fields["attention_bias"] = True
+            if not raw.get("use_sliding_window", False):
+                fields["sliding_window"] = None
+            elif raw.get("max_window_layers", 28) > 0:
+                raise ValueError(f"{source}: a sliding window on some of the layers only is not supported")
+        fields.setdefault("num_key_value_heads", raw["num_attention_heads"])
+        fields.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+
+        # transformers 5 keeps everything about rotary embeddings in one dict, transformers 4 in two fields.
+        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
+        fields["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        if rope["rope_type"] not in ROPE_TYPES:
+            raise ValueError(f"{source}: rope type is {rope['rope_type']!r}, supported are {', '.join(ROPE_TYPES)}")
+        fields["rope_scaling"] = rope
+        return cls(**fields)
+
+    @classmethod
+    def from_folder(cls, folder: str | Path) -> ModelConfig:
+        """Reads `folder/config.json`."""
+        path = Path(folder) / "config.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: not found; a model folder holds a Hugging Face config.json")
+        return cls.from_dict(read_json(path), str(path))
+
+    def to_dict(self) -> dict:
+        """The fields of a `config.json` that transformers 4 and 5 both read."""
+        architecture = {"llama": "LlamaModel", "mistral": "MistralModel", "qwen2": "Qwen2Model"}[self.model_type]
+        raw = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        scaled = self.rope_scaling["rope_type"] != "default"
+        raw |= {
+            "architectures": [architecture],
+            "hidden_act": "silu",
+            "rope_scaling": self.rope_scaling if scaled else None,
+            "rope_parameters": self.rope_scaling | {"rope_theta": self.rope_theta},
+        }
+        if self.model_type == "qwen2":
+            raw |= {"use_sliding_window": self.sliding_window is not None, "max_window_layers": 0}
+        return raw
+
+
+@dataclass(frozen=True)
+class Preset:
+    """A model by a short name: where it is, and how the paper trains it (fields of `training.Settings` per stage)."""
+
+    model: str  # hub id, or a folder of this package
+    mntp: dict = field(default_factory=dict)
+    simcse: dict = field(default_factory=dict)
+    template: tuple[str, str] = ("", "")  # around instruction and text when encoding; MNTP and SimCSE use none
+
+
+# LLM2Vec sections 2.2 and D.1; the same for every model except where a preset says otherwise.
+PAPER = {
+    "mntp": dict(steps=1000, batch_size=32, max_length=512, lr=5e-5, mask_probability=0.2, mask_style="bert"),
+    "simcse": dict(steps=1000, batch_size=128, max_length=128, lr=3e-5, attention_dropout=0.3, temperature=0.05),
+    "pretrain": dict(
+        steps=9000, batch_size=32, max_length=128, lr=3e-3, warmup_steps=200, schedule="cosine",
+        weight_decay=0.1, adam_beta2=0.95, eval_every=1000,
+    ),
+}  # fmt: skip
+BIG = dict(gradient_checkpointing=True)
+CHAT = ("[INST] ", " [/INST]")
+PRESETS = {
+    "tiny": Preset(
+        str(Path(__file__).parent / "assets" / "tiny"),
+        mntp=dict(steps=250, batch_size=16, max_length=128, lr=1e-3),
+        simcse=dict(steps=150, batch_size=64, max_length=64, lr=1e-3),
+    ),
+    "smollm2-135m": Preset(
+        "HuggingFaceTB/SmolLM2-135M-Instruct",
+        mntp=dict(steps=350, batch_size=8, max_length=128, lr=5e-4),
+        simcse=dict(steps=160, batch_size=24, max_length=32, lr=1e-4),
+    ),
+    "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B"),
+    "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", mntp=BIG, simcse=BIG, template=CHAT),
+    "mistral-7b": Preset(
+        "mistralai/Mistral-7B-Instruct-v0.2",
+        mntp=BIG | dict(mask_probability=0.8, mask_style="all"),
+        simcse=BIG,
+        template=CHAT,
+    ),
+    "llama-3-8b": Preset(
+        "meta-llama/Meta-Llama-3-8B-Instruct",
+        mntp=BIG,
+        simcse=BIG,
+        template=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
+    ),
+}
+
+
+def read_json(path: str | Path) -> dict:
+    """A JSON object from a file; ValueError that names the file when it holds anything else."""
+    try:
+        value = json.loads(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise ValueError(f"{path}: not a readable JSON file ({error})") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
+    return value
+
+
+def write_json(path: str | Path, value: dict) -> None:
+    """Writes atomically: a killed run leaves the old file or the new one, never half of one."""
+    beside = Path(f"{path}.part")
+    beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    os.replace(beside, path)

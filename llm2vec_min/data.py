@@ -1,0 +1,121 @@
+"""Text files to lines, packed blocks and batches; each batch is a pure function of the seed and the step."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import lzma
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from .tokenizer import Tokenizer
+
+OPENERS = {".gz": gzip.open, ".xz": lzma.open}
+
+
+def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
+    """The lines of a .txt or .jsonl file (field "text"), plain or compressed (.gz, .xz), stripped, empty ones left out.
+
+    Raises:
+        ValueError: not a readable file of that kind; names the file and the line.
+    """
+    path = Path(path)
+    as_json = ".jsonl" in path.suffixes
+    try:
+        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+            for number, line in enumerate(file, 1):
+                if as_json and line.strip():
+                    try:
+                        record = json.loads(line)
+                        line = record if isinstance(record, str) else record["text"]
+                    except (json.JSONDecodeError, KeyError, TypeError):
+                        raise ValueError(f'{path}:{number}: expected a JSON string or an object with "text"') from None
+                if keep_empty or line.strip():
+                    yield line.strip()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable text file ({error})") from None
+
+
+def read_lines(paths: list[str | Path]) -> list[str]:
+    """All lines of some files; a file named twice counts twice.
+
+    Raises:
+        ValueError: a file is missing or the files hold no text.
+    """
+    lines = [line for path in paths for line in iter_lines(path)]
+    if not lines:
+        raise ValueError(f"{', '.join(map(str, paths))}: no text in it")
+    return lines
+
+
+def read_split(paths: list[str | Path], every: int) -> tuple[list[str], list[str]]:
+    """Lines to train on, and every `every`-th line of each file held out: a file named n times counts n times in the
+    first list and once in the second."""
+    train, held_out = [], []
+    for path in dict.fromkeys(paths):
+        lines = read_lines([path])
+        held_out += lines[every - 1 :: every]
+        train += [line for number, line in enumerate(lines, 1) if number % every] * paths.count(path)
+    return train, held_out
+
+
+def read_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
+    """Scores (N,) and two lists of N sentences, from lines of score <tab> sentence <tab> sentence.
+
+    Raises:
+        ValueError: a line that is not of this form, or fewer than two lines.
+    """
+    scores, first, second = [], [], []
+    for number, line in enumerate(iter_lines(path), 1):
+        fields = line.split("\t")
+        try:
+            score, a, b = float(fields[0]), fields[1], fields[2]
+        except (ValueError, IndexError):
+            raise ValueError(f"{path}: pair {number} is {line[:60]!r}, expected score<tab>sentence<tab>sentence") from None
+        scores.append(score), first.append(a), second.append(b)
+    if len(scores) < 2:
+        raise ValueError(f"{path}: {len(scores)} pairs, at least 2 are needed")
+    return np.array(scores), first, second
+
+
+def pack_blocks(tokenizer: Tokenizer, lines: list[str], block_size: int) -> np.ndarray:
+    """Lines as blocks of equal length, (N, block_size) int32: each line tokenized with its special tokens, all ids
+    in one row, cut; no document mask, no position reset, the remainder dropped (as the authors train MNTP).
+
+    Raises:
+        ValueError: the text does not fill one block.
+    """
+    pieces = []
+    for start in range(0, len(lines), 10_000):
+        for encoding in tokenizer.backend.encode_batch_fast(lines[start : start + 10_000]):
+            pieces.append(np.array(encoding.ids, dtype=np.int32))
+    ids = np.concatenate(pieces)
+    if len(ids) < block_size:
+        raise ValueError(f"the text has {len(ids)} tokens, at least one block of {block_size} is needed")
+    return ids[: len(ids) // block_size * block_size].reshape(-1, block_size)
+
+
+def batches(count: int, batch_size: int, seed: int, start: int = 0, lengths=None) -> Iterator[np.ndarray]:
+    """Endless batches of indices below `count`, each item once an epoch, reshuffled every epoch, from batch `start` on.
+
+    With `lengths` (tokens per item), items of similar length share a batch, so that little padding is computed:
+    shuffled items are sorted within pools of 32 batches, then the batches are shuffled.
+
+    Raises:
+        ValueError: fewer items than one batch.
+    """
+    per_epoch = count // batch_size
+    if per_epoch == 0:
+        raise ValueError(f"the data has {count} examples, fewer than one batch of {batch_size}")
+    epoch, skip = divmod(start, per_epoch)
+    while True:
+        rng = np.random.default_rng([seed, epoch])
+        order = rng.permutation(count)[: per_epoch * batch_size]
+        if lengths is not None:
+            pools = np.split(order, range(32 * batch_size, len(order), 32 * batch_size))
+            order = np.concatenate([pool[np.argsort(np.asarray(lengths)[pool], kind="stable")] for pool in pools])
+        rows = order.reshape(per_epoch, batch_size)
+        yield from rng.permutation(rows)[skip:]
+        epoch, skip = epoch + 1, 0

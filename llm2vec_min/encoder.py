@@ -1,0 +1,272 @@
+"""LLM2Vec: a decoder, its tokenizer and how to pool, from a name; text in, vectors out."""
+
+from __future__ import annotations
+
+import os
+import shutil
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import PRESETS, read_json, write_json
+from .hub import resolve
+from .lora import merge_lora
+from .model import Decoder
+from .pooling import POOLING_MODES, pool
+from .tokenizer import Tokenizer
+from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_language_model, save_adapter
+
+LLM2VEC_CONFIG = "llm2vec_config.json"
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def find_chain(name: str | Path) -> tuple[str, list[Path], dict]:
+    """What a name stands for: (base model, adapters to apply in order, settings of llm2vec_config.json).
+
+    A run of this project lists its adapters, the earlier stages' first. A bare PEFT folder, as the authors publish
+    them, names its base, which may again be such a folder. Anything else is a base by itself.
+    """
+    preset = PRESETS.get(str(name))
+    folder = resolve(name)
+    path = folder / LLM2VEC_CONFIG
+    settings = read_json(path) if path.is_file() else {}
+    if preset is not None:
+        settings = {"template": list(preset.template)} | settings
+    if "adapters" in settings:
+        return settings["base_model_name_or_path"], [folder / adapter for adapter in settings["adapters"]], settings
+    if (folder / ADAPTER_CONFIG).is_file():
+        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        if (folder / "config.json").is_file():
+            base = read_json(folder / "config.json").get("_name_or_path") or base
+        if not base:
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: names no base_model_name_or_path")
+        base, adapters, before = find_chain(base)
+        return base, [*adapters, folder], before | settings
+    known = str(name) in PRESETS or not Path(name).is_dir()
+    return str(name) if known else str(folder.resolve()), [], settings
+
+
+class LLM2Vec(nn.Module):
+    """A text encoder.
+
+    Args:
+        decoder: with or without an adapter.
+        causal: True = tokens see what is before them only; False = LLM2Vec.
+        pooling: mean, weighted_mean, last, first or max.
+        max_length: tokens per text, special tokens and instruction included; longer texts are cut.
+        template: (prefix, suffix) of a chat template around instruction and text.
+        base_model: name of the decoder's checkpoint.
+        adapters: folders of what is merged into it.
+    """
+
+    def __init__(
+        self,
+        decoder: Decoder,
+        tokenizer: Tokenizer,
+        *,
+        causal: bool = False,
+        pooling: str = "mean",
+        max_length: int = 512,
+        template: tuple[str, str] = ("", ""),
+        base_model: str = "",
+        adapters: list[Path] | None = None,
+    ):
+        super().__init__()
+        if pooling not in POOLING_MODES:
+            raise ValueError(f"pooling is {pooling!r}, expected one of {', '.join(POOLING_MODES)}")
+        self.decoder, self.tokenizer = decoder, tokenizer
+        self.causal, self.pooling, self.max_length, self.template = causal, pooling, max_length, tuple(template)
+        self.base_model, self.adapters = base_model, list(adapters or [])
+        self.lm_head: nn.Linear | None = None
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        name: str | Path = "tiny",
+        *,
+        adapters: list[str | Path] = (),
+        causal: bool | None = None,
+        pooling: str | None = None,
+        max_length: int | None = None,
+        dtype: str | torch.dtype = "float32",
+        device: str | torch.device | None = None,
+        lm_head: bool = False,
+    ) -> LLM2Vec:
+        """Loads a run's output folder, a preset, a hub id or a local checkpoint, and merges its adapters in order.
+
+        Args:
+            adapters: further PEFT folders or hub ids, merged on top.
+            causal, pooling, max_length: default to what the folder was saved with, else False, "mean", 512.
+            dtype: of the weights: float32 or bfloat16.
+            device: default: the first GPU if there is one, else the CPU.
+            lm_head: also load the base's output head, as `.lm_head`; MNTP needs it.
+        Raises:
+            ValueError: what is wrong with the name, the files, or an adapter that is for another model.
+        """
+        dtype = DTYPES.get(dtype, dtype)
+        if dtype not in DTYPES.values():
+            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
+        device = pick_device(device)
+        base, chain, settings = find_chain(name)
+        chain += [resolve(adapter) for adapter in adapters]
+        try:
+            base_folder = resolve(base)
+        except ValueError as error:
+            if not chain:
+                raise
+            raise ValueError(f"{name}: its base model was not found: {error} (the name stands in {LLM2VEC_CONFIG})") from None
+        if lm_head:
+            language_model = load_language_model(base_folder, device, dtype)
+            decoder = language_model.model
+        else:
+            decoder = load_decoder(base_folder, device, dtype)
+        for adapter in chain:
+            load_adapter(decoder, adapter)
+            merge_lora(decoder)
+        has_tokenizer = [f for f in (*reversed(chain), base_folder) if (f / "tokenizer.json").is_file()]
+        if causal is None:
+            causal = settings.get("causal", False)
+        l2v = cls(
+            decoder,
+            Tokenizer(has_tokenizer[0] if has_tokenizer else base_folder),
+            causal=causal,
+            pooling=pooling or settings.get("pooling_mode", "mean"),
+            max_length=max_length or settings.get("max_length", 512),
+            template=settings.get("template", ("", "")),
+            base_model=base,
+            adapters=chain,
+        )
+        l2v.lm_head = language_model.lm_head if lm_head else None
+        return l2v.eval()
+
+    @property
+    def device(self) -> torch.device:
+        return self.decoder.norm.weight.device
+
+    # ---- text to vectors ----
+
+    def tokenize(self, texts: list, instruction: str | None = None) -> list:
+        """Ids and pooled positions of each text; an item may also be an [instruction, text] pair of its own."""
+        pairs = [(instruction, item) if isinstance(item, str) else item for item in texts]
+        for item in pairs:
+            if len(item) != 2 or not isinstance(item[1], str):
+                raise ValueError(f"expected a text or an [instruction, text] pair, found {item!r}")
+        prefix, suffix = self.template
+        return self.tokenizer.encode(
+            [text for _, text in pairs],
+            instruction=[i or "" for i, _ in pairs],
+            max_length=self.max_length,
+            prefix=prefix,
+            suffix=suffix,
+        )
+
+    def states(self, encoded: list) -> tuple[Tensor, Tensor]:
+        """Hidden states (B, T, C) of one left-padded batch, and which of them belong to the text, (B, T) bool."""
+        batch = self.tokenizer.collate(encoded, self.device)
+        return self.decoder(batch.input_ids, batch.padding_mask, causal=self.causal), batch.pool_mask
+
+    def embed(self, texts: list, instruction: str | None = None) -> Tensor:
+        """Differentiable embeddings of one batch, (N, C) float32: for training anything on top, or through it."""
+        return pool(*self.states(self.tokenize(texts, instruction)), self.pooling)
+
+    @torch.no_grad()
+    def encode(
+        self,
+        texts: str | list,
+        instruction: str | None = None,
+        *,
+        batch_size: int = 32,
+        pooling: str | None = "default",
+        normalize: bool = False,
+        show_progress: bool = False,
+    ) -> np.ndarray | list[np.ndarray]:
+        """Embeddings of any number of texts.
+
+        Args:
+            texts: one text, a list of texts, or a list of [instruction, text] pairs.
+            instruction: put before each text, and not pooled; documents usually get none.
+            batch_size: texts per forward pass; they are sorted by length, so little padding is computed.
+            pooling: another than the model's own; None gives the states of each text's own tokens instead.
+            normalize: scale each vector to length 1.
+        Returns:
+            (N, C) float32, (C,) for one text, a list of (T_i, C) for pooling=None. A vector does not depend on the
+            batch it was in. An empty text has no token of its own and gives zeros (normalised or not).
+        """
+        if isinstance(texts, str):
+            return self.encode(
+                [texts], instruction, pooling=pooling, normalize=normalize, show_progress=show_progress
+            )[0]
+        mode = self.pooling if pooling == "default" else pooling
+        was_training = self.training
+        self.eval()
+        encoded = self.tokenize(texts, instruction)
+        order = np.argsort([-len(row.ids) for row in encoded], kind="stable")  # longest first: memory peaks at once
+        results: list = [None] * len(encoded)
+        with tqdm(total=len(encoded), desc="encoding", unit="text", disable=not show_progress) as bar:
+            for start in range(0, len(order), batch_size):
+                rows = order[start : start + batch_size]
+                hidden, pool_mask = self.states([encoded[i] for i in rows])
+                if mode is None:
+                    vectors = [h[m].float() for h, m in zip(hidden, pool_mask, strict=True)]
+                else:
+                    vectors = pool(hidden, pool_mask, mode)
+                for i, vector in zip(rows, vectors, strict=True):
+                    if normalize:
+                        vector = nn.functional.normalize(vector, dim=-1)
+                    results[i] = vector.cpu().numpy()
+                bar.update(len(rows))
+        self.train(was_training)
+        if mode is None:
+            return results
+        return np.stack(results) if results else np.zeros((0, self.decoder.config.hidden_size), dtype=np.float32)
+
+    # ---- to disk ----
+
+    def save_run(self, output: str | Path, stage: str) -> None:
+        """Writes a stage's result: all but the base weights, so that the folder can be moved and loaded by its name.
+
+        The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
+        """
+        output = Path(output)
+        names = []
+        for number, adapter in enumerate(self.adapters):
+            target = output / "adapters" / str(number)
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (ADAPTER, ADAPTER_CONFIG):
+                shutil.copyfile(adapter / file, target / (file + ".part"))
+                os.replace(target / (file + ".part"), target / file)
+            names.append(f"adapters/{number}")
+        save_adapter(self.decoder, output, self.base_model)
+        self.tokenizer.save(output)
+        write_json(output / "config.json", self.decoder.config.to_dict() | {"_name_or_path": self.base_model})
+        write_json(
+            output / LLM2VEC_CONFIG,
+            {
+                "base_model_name_or_path": self.base_model,
+                "adapters": [*names, "."],
+                "stage": stage,
+                "causal": self.causal,
+                "pooling_mode": self.pooling,
+                "max_length": self.max_length,
+                "template": list(self.template),
+            },
+        )
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The named device, or the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(name)!r} is not available ({str(error).splitlines()[0]})") from None
+    return device

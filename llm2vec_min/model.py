@@ -1,0 +1,240 @@
+"""A Llama / Mistral decoder that looks back only (causal) or both ways (bidirectional).
+
+Modules are named as in a Hugging Face checkpoint, so a state dict loads without renaming.
+
+Shape letters, here and in the whole package:
+    B batch, T tokens, C hidden_size, H query heads, K key/value heads, D head_dim,
+    I intermediate_size, V vocab_size, R LoRA rank
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from .config import ModelConfig
+
+
+class RMSNorm(nn.Module):
+    """x / rms(x) * weight, computed in float32 (arXiv 1910.07467). Any (..., C) in, the same shape and dtype out."""
+
+    def __init__(self, size: int, eps: float):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x: Tensor) -> Tensor:
+        x32 = x.float()
+        x32 = x32 * torch.rsqrt(x32.square().mean(-1, keepdim=True) + self.eps)
+        return self.weight * x32.to(x.dtype)
+
+
+# ---- Rotary position embedding (arXiv 2104.09864) ----
+
+
+def rotary_frequencies(config: ModelConfig, device=None) -> Tensor:
+    """Radians per token of each rotated pair, (D/2,) float32, with the checkpoint's scaling applied."""
+    exponents = torch.arange(0, config.head_dim, 2, device=device).float() / config.head_dim
+    frequencies = 1.0 / config.rope_theta**exponents
+    scaling = config.rope_scaling
+    if scaling["rope_type"] == "linear":  # positions squeezed by one factor
+        return frequencies / scaling["factor"]
+    if scaling["rope_type"] == "llama3":  # slow pairs squeezed, fast ones kept, a ramp in between
+        turns = scaling["original_max_position_embeddings"] * frequencies / (2 * math.pi)  # in the original context
+        low, high = scaling["low_freq_factor"], scaling["high_freq_factor"]
+        keep = ((turns - low) / (high - low)).clamp(0, 1)
+        return keep * frequencies + (1 - keep) * frequencies / scaling["factor"]
+    return frequencies
+
+
+def rotary_tables(config: ModelConfig, T: int, device=None, dtype=torch.float32) -> tuple[Tensor, Tensor]:
+    """cos and sin of every position's angles, each (T, D): both halves of a head carry the same D/2 angles."""
+    positions = torch.arange(T, device=device).float()
+    angles = torch.outer(positions, rotary_frequencies(config, device))  # (T, D/2)
+    angles = torch.cat([angles, angles], dim=-1)  # (T, D)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Turns the pairs (x[i], x[i + D/2]) of every head by their position's angles; (B, heads, T, D) -> the same."""
+    first, second = x.chunk(2, dim=-1)
+    return x * cos + torch.cat([-second, first], dim=-1) * sin
+
+
+# ---- The one toggle ----
+
+
+def attention_mask(
+    padding_mask: Tensor | None, T: int, *, causal: bool, sliding_window: int | None = None, device=None
+) -> Tensor | None:
+    """Which keys each query may see: True = visible. The only place that knows about direction.
+
+    Args:
+        padding_mask: (B, T) bool, True = real token; None when nothing is padded.
+        causal: True hides the keys to the right, False shows every real token.
+        sliding_window: w; causal queries see the last w tokens (their own included), bidirectional ones w to each side.
+    Returns:
+        None where scaled_dot_product_attention needs no mask: all visible, or plainly causal (its `is_causal`).
+        Otherwise bool, broadcastable to (B, 1, T, T). A padding query sees at least itself, so no row is empty
+        and no softmax gives NaN.
+    """
+    windowed = sliding_window is not None and T > sliding_window
+    if padding_mask is None and not windowed:
+        return None
+    if not causal and not windowed:
+        if not padding_mask.any(dim=1).all():
+            raise ValueError("a row of the batch has no real token")
+        return padding_mask[:, None, None, :]  # (B, 1, 1, T): the same keys for every query
+
+    position = torch.arange(T, device=device if padding_mask is None else padding_mask.device)
+    ahead = position[None, :] - position[:, None]  # (T, T): how far the key lies to the right of the query
+    visible = (ahead <= 0) if causal else torch.ones_like(ahead, dtype=torch.bool)
+    if windowed:
+        visible = visible & ((ahead > -sliding_window) if causal else (ahead.abs() <= sliding_window))
+    visible = visible[None, None]  # (1, 1, T, T)
+    if padding_mask is not None:
+        visible = visible & padding_mask[:, None, None, :] | (ahead == 0)  # (B, 1, T, T)
+    return visible
+
+
+# ---- The decoder, bottom up ----
+
+
+class Attention(nn.Module):
+    """Grouped-query attention: H query heads share K key/value heads."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        H, K, D, C = config.num_attention_heads, config.num_key_value_heads, config.head_dim, config.hidden_size
+        self.H, self.K, self.D = H, K, D
+        self.q_proj = nn.Linear(C, H * D, bias=config.attention_bias)
+        self.k_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.v_proj = nn.Linear(C, K * D, bias=config.attention_bias)
+        self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias and config.model_type != "qwen2")
+        self.dropout = 0.0  # on the attention probabilities, in training only; SimCSE sets it
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool) -> Tensor:
+        B, T, _ = x.shape
+        q = self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2)  # (B, H, T, D)
+        k = self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2)  # (B, K, T, D)
+        v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)  # (B, K, T, D)
+        q, k = rotate(q, *rope), rotate(k, *rope)
+        y = F.scaled_dot_product_attention(
+            q,
+            k,
+            v,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal and mask is None,  # a given mask already says which direction is visible
+            enable_gqa=self.K != self.H,
+        )  # (B, H, T, D)
+        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, T, C)
+
+
+class MLP(nn.Module):
+    """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        C, I = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.up_proj = nn.Linear(C, I, bias=config.mlp_bias)
+        self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, I) inside
+
+
+class DecoderLayer(nn.Module):
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.self_attn = Attention(config)
+        self.mlp = MLP(config)
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal)
+        return x + self.mlp(self.post_attention_layernorm(x))
+
+
+class Decoder(nn.Module):
+    """Token ids in, hidden states out: transformers' LlamaModel / MistralModel / Qwen2Model."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.gradient_checkpointing = False
+
+    def forward(
+        self, input_ids: Tensor, padding_mask: Tensor | None = None, *, causal: bool, all_layers: bool = False
+    ) -> Tensor | list[Tensor]:
+        """Hidden states after the last norm.
+
+        Args:
+            input_ids: (B, T) int64.
+            padding_mask: (B, T) bool, True = real token; None means that no token is padding (never: causal).
+            causal: the toggle. It has no default, so that no caller gets a direction by accident.
+            all_layers: also return what enters each layer.
+        Returns:
+            (B, T, C); with all_layers a list of num_hidden_layers + 1 such tensors, embeddings first.
+            Rotary positions are relative, so the states of real tokens depend neither on the side of the padding
+            nor on its amount.
+        """
+        T = input_ids.shape[1]
+        x = self.embed_tokens(input_ids)  # (B, T, C)
+        rope = rotary_tables(self.config, T, x.device, x.dtype)
+        mask = attention_mask(
+            padding_mask, T, causal=causal, sliding_window=self.config.sliding_window, device=x.device
+        )
+        states = []
+        for layer in self.layers:
+            if all_layers:
+                states.append(x)
+            if self.gradient_checkpointing and self.training:
+                x = checkpoint(layer, x, rope, mask, causal, use_reentrant=False)
+            else:
+                x = layer(x, rope, mask, causal)
+        x = self.norm(x)
+        return [*states, x] if all_layers else x
+
+
+class LanguageModel(nn.Module):
+    """A decoder with its output head: transformers' ...ForCausalLM."""
+
+    def __init__(self, config: ModelConfig):
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+
+    def forward(self, input_ids: Tensor, padding_mask: Tensor | None = None, *, causal: bool) -> Tensor:
+        """Logits at every position, (B, T, V). Training calls `model` and `lm_head` apart, to compute fewer."""
+        return self.lm_head(self.model(input_ids, padding_mask, causal=causal))
+
+
+def init_weights(model: nn.Module, std: float = 0.02) -> None:
+    """Fresh weights, as Llama is initialised: normal matrices, zero biases, unit norms."""
+    for module in model.modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, RMSNorm):
+            nn.init.ones_(module.weight)
+
+
+def set_attention_dropout(model: nn.Module, probability: float) -> None:
+    """Dropout on the attention probabilities of every layer while training (SimCSE's noise)."""
+    for module in model.modules():
+        if isinstance(module, Attention):
+            module.dropout = probability

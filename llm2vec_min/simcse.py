@@ -1,0 +1,98 @@
+"""Stage 2, unsupervised SimCSE (arXiv 2104.08821; LLM2Vec section 2.1): the whole method in one file.
+
+Each sentence is encoded twice. Dropout makes the two vectors, its twins, differ a little. The loss pulls twins together
+and pushes the other sentences of the batch away, so what the noise cannot change, the meaning, comes to decide.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from .data import batches
+from .encoder import LLM2Vec
+from .model import set_attention_dropout
+from .pooling import pool
+from .training import Loop, Settings
+
+
+def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05) -> Tensor:
+    """Mean cross-entropy of finding candidate i among all candidates by its cosine with query i.
+
+    Args:
+        queries: (B, C); candidates: (N, C) with N >= B, candidate i being the positive of query i. Float32.
+        temperature: divides the cosines; 0.05 is a scale of 20.
+    Returns:
+        Scalar, in nats.
+    """
+    cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, N), in [-1, 1]
+    return F.cross_entropy(cosines / temperature, torch.arange(len(queries), device=queries.device))
+
+
+def embed_twins(l2v: LLM2Vec, encoded: list) -> tuple[Tensor, Tensor]:
+    """Two embeddings (B, C) of each sentence, from one forward pass over the doubled batch: every row draws its own
+    dropout. Pools the same tokens as inference does."""
+    hidden, pool_mask = l2v.states(encoded + encoded)  # (2B, T, C), (2B, T)
+    first, second = pool(hidden, pool_mask, l2v.pooling).chunk(2)
+    return first, second
+
+
+@torch.no_grad()
+def explain(l2v: LLM2Vec, sentences: list[str]) -> str:
+    """Two sentences in words: how alike they are to the model, and how alike the twins of the first are."""
+    a, b = l2v.encode(sentences[:2], normalize=True)
+    was_training = l2v.training
+    l2v.train()
+    torch.manual_seed(0)
+    first, second = embed_twins(l2v, tokenize(l2v, sentences[:1], l2v.max_length))
+    l2v.train(was_training)
+    twins = F.cosine_similarity(first, second).item()
+    return f"A: {sentences[0]}\nB: {sentences[1]}\ncosine of A and B {a @ b:.3f}, of A and its twin {twins:.3f}"
+
+
+def tokenize(l2v: LLM2Vec, sentences: list[str], max_length: int) -> list:
+    """Ids and pooled positions; no instruction, no template."""
+    return l2v.tokenizer.encode(sentences, max_length=max_length)
+
+
+def train_simcse(
+    l2v: LLM2Vec,
+    sentences: list[str],
+    settings: Settings,
+    output: Path | None = None,
+    *,
+    evaluate: Callable[[], dict] | None = None,
+    **loop_options,
+) -> Loop:
+    """Trains the adapter on `l2v.decoder` to tell sentences apart.
+
+    Args:
+        l2v: with a fresh adapter (`add_lora`), earlier ones merged; causal or not.
+        settings: `attention_dropout` and `lora_dropout` make the twins differ. With gradient accumulation, each
+            forward pass has negatives of its own.
+    """
+    encoded = tokenize(l2v, sentences, settings.max_length)
+    lengths = [len(row.ids) for row in encoded]
+    loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
+    order = batches(
+        len(encoded), settings.batch_size, settings.seed, loop.start * settings.gradient_accumulation, lengths=lengths
+    )
+    set_attention_dropout(l2v.decoder, settings.attention_dropout)
+    if not loop.quiet:
+        print(explain(l2v, sentences))
+
+    for _ in loop:
+        total, tokens = 0.0, 0
+        for _ in range(settings.gradient_accumulation):
+            rows = next(order)
+            first, second = embed_twins(l2v, [encoded[i] for i in rows])  # (B, C) each
+            loss = info_nce(first, second, settings.temperature) / settings.gradient_accumulation
+            loss.backward()
+            total, tokens = total + loss.detach(), tokens + 2 * sum(lengths[i] for i in rows)
+        loop.update(total, tokens)
+    set_attention_dropout(l2v.decoder, 0.0)
+    return loop

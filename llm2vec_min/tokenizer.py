@@ -1,0 +1,152 @@
+"""Text to token ids on `tokenizers` alone, with left padding and the mask of the tokens to pool."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+import tokenizers
+import torch
+from torch import Tensor
+
+from .config import read_json
+
+
+class Encoded(NamedTuple):
+    ids: np.ndarray  # (T,) int64, special tokens included
+    pooled: np.ndarray  # (T,) bool, True = a token of the text itself
+
+
+class Batch(NamedTuple):
+    input_ids: Tensor  # (B, T) int64, padded on the left
+    padding_mask: Tensor | None  # (B, T) bool, True = real token; None when nothing is padded
+    pool_mask: Tensor  # (B, T) bool, True = a token of the text itself
+
+
+class Tokenizer:
+    """A checkpoint's `tokenizer.json`, giving the ids that transformers' AutoTokenizer gives.
+
+    Special tokens are added by the file's own post-processor, or by `add_bos_token` / `add_eos_token` where
+    `tokenizer_config.json` states them (transformers' rule).
+
+    Raises:
+        ValueError: no readable tokenizer.json in the folder.
+    """
+
+    def __init__(self, folder: str | Path):
+        path = Path(folder) / "tokenizer.json"
+        if not path.is_file():
+            raise ValueError(f"{path}: not found; a fast tokenizer is needed (transformers writes one on saving)")
+        try:
+            self.backend = tokenizers.Tokenizer.from_file(str(path))
+        except Exception as error:  # tokenizers raises plain Exception
+            raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
+        self.folder = Path(folder)
+        self.backend.no_padding()
+        self.backend.no_truncation()
+
+        config_path = self.folder / "tokenizer_config.json"
+        config = read_json(config_path) if config_path.is_file() else {}
+        bos, eos, pad = (self._token(config.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
+        if "add_bos_token" in config or "add_eos_token" in config:
+            first = bos if config.get("add_bos_token") else None
+            last = eos if config.get("add_eos_token") else None
+            template = [token for token in (first, "$A", last) if token]
+            self.backend.post_processor = tokenizers.processors.TemplateProcessing(
+                single=" ".join(template),
+                special_tokens=[(t, self.backend.token_to_id(t)) for t in template if t != "$A"],
+            )
+        self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        self.eos_id = None if eos is None else self.backend.token_to_id(eos)
+        # Padding is masked out everywhere, so any id will do where the tokenizer names none.
+        self.pad_id = self.backend.token_to_id(pad or eos or bos or "") or 0
+
+    def _token(self, entry) -> str | None:
+        """A token of tokenizer_config.json (a string, or a dict with its "content") if the vocabulary has it."""
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        return content if content and self.backend.token_to_id(content) is not None else None
+
+    def mask_id(self, token: str = "_") -> int:
+        """The id that replaces masked tokens; LLM2Vec takes the plain underscore."""
+        id = self.backend.token_to_id(token)
+        if id is None:
+            raise ValueError(f"{self.folder / 'tokenizer.json'}: the mask token {token!r} is not in the vocabulary")
+        return id
+
+    def encode(
+        self,
+        texts: list[str],
+        *,
+        max_length: int | None = None,
+        instruction: str | list[str] | None = None,
+        prefix: str = "",
+        suffix: str = "",
+    ) -> list[Encoded]:
+        """Ids of `prefix + instruction + " " + text + suffix`, and which of them are the text's own.
+
+        A token belongs to the text when its characters overlap it, so neither special tokens nor the instruction or
+        the template are pooled, whatever the tokenizer merges at the seams.
+
+        Args:
+            max_length: tokens, everything included. The end of the text is cut, never what stands around it.
+            instruction: one for all texts or one each; empty or None adds nothing.
+            prefix, suffix: a chat template around it all.
+        Raises:
+            ValueError: what stands around the text alone fills max_length.
+        """
+        instructions = [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
+        heads = [prefix + (i.strip() + " " if i and i.strip() else "") for i in instructions]
+        encodings = self.backend.encode_batch([h + t + suffix for h, t in zip(heads, texts, strict=True)])
+        encoded = []
+        for head, text, encoding in zip(heads, texts, encodings, strict=True):
+            ids = np.array(encoding.ids, dtype=np.int64)
+            starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
+            inserted = np.array(encoding.special_tokens_mask, dtype=bool)
+            pooled = (ends > len(head)) & (starts < len(head) + len(text)) & (starts < ends) & ~inserted
+            if max_length is not None and len(ids) > max_length:
+                own = np.flatnonzero(pooled)
+                surplus = len(ids) - max_length
+                if surplus >= len(own):
+                    raise ValueError(
+                        f"instruction, template and special tokens take {len(ids) - len(own)} tokens, "
+                        f"which leaves no room for the text within max_length {max_length}"
+                    )
+                keep = np.ones(len(ids), dtype=bool)
+                keep[own[len(own) - surplus :]] = False
+                ids, pooled = ids[keep], pooled[keep]
+            if not len(ids):  # an empty text where the tokenizer adds no special token: one token that is not pooled
+                ids, pooled = np.array([self.pad_id]), np.array([False])
+            encoded.append(Encoded(ids, pooled))
+        return encoded
+
+    def collate(self, encoded: list[Encoded], device=None) -> Batch:
+        """Rows of different lengths as one batch, padded on the left to the longest."""
+        lengths = [len(row.ids) for row in encoded]
+        T = max(lengths)
+        input_ids = np.full((len(encoded), T), self.pad_id, dtype=np.int64)
+        padding_mask, pool_mask = (np.zeros((len(encoded), T), dtype=bool) for _ in range(2))
+        for b, (row, length) in enumerate(zip(encoded, lengths, strict=True)):
+            input_ids[b, T - length :] = row.ids
+            padding_mask[b, T - length :] = True
+            pool_mask[b, T - length :] = row.pooled
+        padded = min(lengths) < T
+        return Batch(
+            torch.from_numpy(input_ids).to(device),
+            torch.from_numpy(padding_mask).to(device) if padded else None,
+            torch.from_numpy(pool_mask).to(device),
+        )
+
+    def decode(self, ids) -> str:
+        """Text of the ids, special tokens shown."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
+    def pieces(self, ids) -> list[str]:
+        """One readable string per token, for printing."""
+        return [self.backend.decode([int(i)], skip_special_tokens=False).strip() or "·" for i in ids]
+
+    def save(self, folder: str | Path) -> None:
+        """Copies the tokenizer's files, so that a saved model needs nothing else to read text."""
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (self.folder / name).is_file():
+                (Path(folder) / name).write_bytes((self.folder / name).read_bytes())

@@ -1,0 +1,227 @@
+"""What every stage shares and what is not the method: settings, schedule, optimizer step, resume, metrics, progress."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import safetensors
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from .config import write_json
+
+CHECKPOINT = "checkpoint.safetensors"
+METRICS = "metrics.jsonl"
+ARGUMENTS = "train_args.json"
+
+
+@dataclass
+class Settings:
+    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored."""
+
+    steps: int = 1000  # optimizer steps
+    batch_size: int = 32  # sequences per forward pass
+    gradient_accumulation: int = 1  # forward passes per optimizer step
+    max_length: int = 512  # tokens
+    lr: float = 5e-5  # peak
+    warmup_steps: int = 0
+    schedule: str = "linear"  # decay to zero: linear or cosine
+    weight_decay: float = 0.0
+    adam_beta2: float = 0.999
+    max_grad_norm: float = 1.0
+    lora_r: int = 16
+    lora_alpha: float = 32.0
+    lora_dropout: float = 0.05
+    mask_probability: float = 0.2
+    mask_style: str = "bert"
+    attention_dropout: float = 0.3
+    temperature: float = 0.05  # cosine / temperature; 0.05 is the paper's scale of 20
+    pooling: str = "mean"
+    causal: bool = False
+    gradient_checkpointing: bool = False
+    seed: int = 0
+    eval_every: int = 0  # steps; 0: a quarter of the run
+    save_every: int = 0  # steps; 0: no checkpoints
+
+
+def get_lr(step: int, settings: Settings) -> float:
+    """Learning rate of optimizer step `step` (from 0): linear warmup, then linear or cosine decay to zero."""
+    if step < settings.warmup_steps:
+        return settings.lr * (step + 1) / (settings.warmup_steps + 1)
+    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)  # in [0, 1)
+    if settings.schedule == "cosine":
+        return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
+    return settings.lr * (1 - progress)
+
+
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
+
+
+def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """Makes a run's folder and notes the exact arguments in it.
+
+    Raises:
+        ValueError: the folder already holds something, or there is nothing to resume, or not with these arguments.
+    """
+    output = Path(output)
+    if output.exists() and not output.is_dir():
+        raise ValueError(f"--output {output}: is a file, expected a folder")
+    if resume:
+        if not (output / CHECKPOINT).is_file():
+            raise ValueError(f"--resume: {output} holds no checkpoint of an unfinished run (see --save-every)")
+        before = json.loads((output / ARGUMENTS).read_text())
+        changed = [name for name in arguments if before.get(name) != arguments[name]]
+        if changed:
+            found = ", ".join(f"{name} was {before.get(name)!r}, is {arguments[name]!r}" for name in changed)
+            raise ValueError(f"--resume: {output} was started with other arguments: {found}")
+        return output
+    if output.is_dir() and any(output.iterdir()):
+        if not overwrite:
+            state = "an unfinished run; --resume continues it" if (output / CHECKPOINT).exists() else "files"
+            raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
+        if not (output / ARGUMENTS).exists():
+            raise ValueError(f"--output {output}: holds files, but not a run; --overwrite replaces runs only")
+        for name in (CHECKPOINT, METRICS):  # the rest is replaced, file by file, when the new run ends
+            (output / name).unlink(missing_ok=True)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / ARGUMENTS, arguments)
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error})") from None
+    return output
+
+
+class Loop:
+    """The optimizer's side of a training loop: `for step in loop: ...; loop.update(loss)`.
+
+    Everything random in a step is drawn after the step has seeded torch with (seed, step). So a run that is killed
+    and resumed takes the same steps as one that was not, and an evaluation in between changes nothing.
+
+    Args:
+        model: its parameters with requires_grad are trained.
+        output: the run's folder, for metrics and checkpoints; None keeps nothing.
+        evaluate: called before the first step, every `eval_every` steps and after the last; returns named numbers.
+        resume: continue from the folder's checkpoint.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        settings: Settings,
+        output: Path | None = None,
+        *,
+        evaluate: Callable[[], dict] | None = None,
+        resume: bool = False,
+        quiet: bool = False,
+    ):
+        self.model, self.settings, self.output, self.quiet = model, settings, output, quiet
+        self.evaluate = evaluate
+        self.parameters = trainable_parameters(model)
+        self.optimizer = torch.optim.AdamW(
+            self.parameters.values(),
+            lr=settings.lr,
+            betas=(0.9, settings.adam_beta2),
+            weight_decay=settings.weight_decay,
+            fused=True,
+        )
+        self.start = self._load_checkpoint() if resume else 0
+        self.history: list[dict] = []  # what metrics.jsonl holds, for notebooks
+
+    def __iter__(self) -> Iterator[int]:
+        s = self.settings
+        self.bar = tqdm(total=s.steps, initial=self.start, desc="training", disable=self.quiet, mininterval=1.0)
+        self.model.train()
+        if self.start == 0:
+            self._evaluate(0)
+        eval_every = s.eval_every or -(-s.steps // 4)
+        for self.step in range(self.start, s.steps):
+            self.lr = get_lr(self.step, s)
+            for group in self.optimizer.param_groups:
+                group["lr"] = self.lr
+            torch.manual_seed(s.seed * 1_000_003 + self.step)
+            self.started = time.perf_counter()
+            yield self.step
+            done = self.step + 1
+            if done == s.steps or done % eval_every == 0:
+                self._evaluate(done)
+            if s.save_every and done % s.save_every == 0 and done < s.steps:
+                self._save_checkpoint(done)
+        self.bar.close()
+        self.model.eval()
+
+    def update(self, loss: Tensor | float, tokens: int) -> None:
+        """The end of a step: clip, optimizer step, report.
+
+        Args:
+            loss: mean over the step, for the report; its gradients are already in place.
+            tokens: real tokens of the step, for the report.
+        """
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+        rate = tokens / (time.perf_counter() - self.started)
+        record = {"step": self.step + 1, "loss": float(loss), "lr": self.lr, "grad_norm": float(norm), "tokens_per_s": rate}
+        if not math.isfinite(record["loss"]):
+            raise ValueError(f"the loss of step {self.step + 1} is {record['loss']}: lower --lr or use --dtype float32")
+        self._record({name: round(value, 8) for name, value in record.items()})
+        self.bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {self.lr:.1e}, {rate:.0f} tokens/s", refresh=False)
+        self.bar.update()
+
+    def _evaluate(self, step: int) -> None:
+        if self.evaluate is None:
+            return
+        self.model.eval()
+        with torch.no_grad():
+            numbers = self.evaluate()
+        self.model.train()
+        self._record({"step": step} | numbers)
+        if not self.quiet:
+            self.bar.write(f"step {step:>5}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
+
+    def _record(self, record: dict) -> None:
+        self.history.append(record)
+        if self.output is not None:
+            with open(self.output / METRICS, "a", encoding="utf-8") as file:
+                file.write(json.dumps(record) + "\n")
+
+    # ---- killed and resumed ----
+
+    def _save_checkpoint(self, step: int) -> None:
+        """Trained weights and the optimizer's moments after `step` steps, in one file that is replaced atomically."""
+        if self.output is None:
+            return
+        tensors = {f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()}
+        for name, parameter in self.parameters.items():
+            for key, value in self.optimizer.state[parameter].items():
+                tensors[f"{key}.{name}"] = value
+        beside = self.output / (CHECKPOINT + ".part")
+        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata={"step": str(step)})
+        os.replace(beside, self.output / CHECKPOINT)
+
+    def _load_checkpoint(self) -> int:
+        path = self.output / CHECKPOINT
+        with safetensors.safe_open(path, framework="pt") as file, torch.no_grad():
+            step = int(file.metadata()["step"])
+            for name, parameter in self.parameters.items():
+                parameter.copy_(file.get_tensor(f"parameter.{name}"))
+                state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
+                # AdamW counts its steps on the host unless fused on a GPU; the moments live beside the parameter.
+                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
+        lines = (self.output / METRICS).read_text().splitlines()
+        kept = [line for line in lines if json.loads(line)["step"] <= step]
+        (self.output / METRICS).write_text("".join(line + "\n" for line in kept))
+        return step
+
+    def finish(self) -> None:
+        """The run's result is saved: the checkpoint is no longer needed."""
+        if self.output is not None:
+            (self.output / CHECKPOINT).unlink(missing_ok=True)

@@ -1,0 +1,197 @@
+"""The decoder equals transformers, piece by piece; and known bugs do not."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import VARIANTS, random_batch, run_reference
+from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
+
+from llm2vec_min import model as ours
+from llm2vec_min.model import attention_mask, rotary_tables, rotate
+
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-linear-rope", "llama-llama3-rope", "llama-head-dim"])
+def test_rotary(both, variant):
+    theirs, mine = both(variant)
+    D = mine.config.head_dim
+    x = torch.randn(2, 4, 9, D)
+    cos, sin = theirs.model.rotary_emb(x, torch.arange(9)[None])
+    expected, _ = apply_rotary_pos_emb(x, x, cos, sin)
+    tables = rotary_tables(mine.config, 9)
+    torch.testing.assert_close(tables[0], cos[0], **TOLERANCE)
+    torch.testing.assert_close(rotate(x, *tables), expected, **TOLERANCE)
+
+
+def test_rotary_is_relative():
+    q, k = torch.randn(2, 16)
+    config = ours.ModelConfig(1, 16, 1, 1, 1, 1, 16)
+    cos, sin = rotary_tables(config, 40)
+
+    def score(i, j):
+        return rotate(q, cos[i], sin[i]) @ rotate(k, cos[j], sin[j])
+
+    torch.testing.assert_close(score(3, 7), score(33, 37), rtol=1e-4, atol=1e-4)
+    assert (score(3, 7) - score(3, 8)).abs() > 1e-4
+
+
+def test_norm(both):
+    theirs, mine = both("llama")
+    x = 3 * torch.randn(2, 5, 64)
+    torch.testing.assert_close(mine.model.layers[0].input_layernorm(x), theirs.model.layers[0].input_layernorm(x))
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-biases", "llama-head-dim", "qwen2"])
+def test_attention_mlp_layer(both, variant):
+    theirs, mine = both(variant)
+    x = torch.randn(2, 7, 64)
+    rope = rotary_tables(mine.config, 7)
+    pairs = [(theirs.model.layers[0], mine.model.layers[0])]
+    for a, b in pairs:
+        position_embeddings = tuple(t[None] for t in rope)
+        expected, _ = a.self_attn(x, position_embeddings=position_embeddings, attention_mask=None)
+        torch.testing.assert_close(b.self_attn(x, rope, None, causal=True), expected, **TOLERANCE)
+        torch.testing.assert_close(b.mlp(x), a.mlp(x), **TOLERANCE)
+        expected = a(x, position_embeddings=position_embeddings, attention_mask=None)
+        torch.testing.assert_close(b(x, rope, None, True), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("padding", [None, "left", "right"])
+@pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_logits_and_states(both, variant, causal, padding):
+    theirs, mine = both(variant)
+    ids, mask = random_batch(padding=padding)
+    expected = run_reference(theirs, ids, mask, causal=causal, output_hidden_states=True)
+    real = torch.ones_like(ids, dtype=torch.bool) if mask is None else mask
+    torch.testing.assert_close(mine(ids, mask, causal=causal)[real], expected.logits[real], **TOLERANCE)
+    states = mine.model(ids, mask, causal=causal, all_layers=True)
+    assert len(states) == len(expected.hidden_states)
+    for a, b in zip(states, expected.hidden_states, strict=True):
+        torch.testing.assert_close(a[real], b[real], **TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("variant", ["llama-tied", "mistral-window", "llama-llama3-rope"])
+def test_gradients(both, variant, causal):
+    theirs, mine = both(variant)
+    theirs.requires_grad_(True), mine.requires_grad_(True)
+    ids, mask = random_batch(padding="left")
+    weights = torch.randn(3, 11, 257) * mask[:, :, None]
+    (run_reference(theirs, ids, mask, causal=causal).logits * weights).mean().backward()
+    (mine(ids, mask, causal=causal) * weights).mean().backward()
+    expected = dict(theirs.named_parameters())
+    for name, parameter in mine.named_parameters():
+        scale = expected[name].grad.abs().max()
+        torch.testing.assert_close(parameter.grad / scale, expected[name].grad / scale, rtol=1e-5, atol=1e-5)
+    theirs.zero_grad()
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+def test_batch_of_one_without_padding_is_bidirectional(both, variant):
+    """The authors' code fell back to causal here; token 0 must see the last token."""
+    theirs, mine = both(variant)
+    ids, _ = random_batch(B=1, T=5)
+    changed = ids.clone()
+    changed[0, -1] = (ids[0, -1] + 1) % 257
+    for mask in (None, torch.ones(1, 5, dtype=torch.bool)):
+        a, b = (mine.model(x, mask, causal=False)[0, 0] for x in (ids, changed))
+        assert (a - b).abs().max() > 1e-2
+        a, b = (mine.model(x, mask, causal=True)[0, 0] for x in (ids, changed))
+        torch.testing.assert_close(a, b)
+    torch.testing.assert_close(mine(ids, causal=False), run_reference(theirs, ids, causal=False).logits, **TOLERANCE)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("variant", ["llama", "mistral-window"])
+def test_padding_changes_nothing(both, variant, causal):
+    _, mine = both(variant)
+    ids, _ = random_batch(B=1, T=9)
+    alone = mine.model(ids, causal=causal)
+    for left, right in ((4, 0), (0, 4), (3, 2)):
+        padded = F.pad(ids, (left, right), value=7)
+        mask = F.pad(torch.ones_like(ids, dtype=torch.bool), (left, right), value=False)
+        states = mine.model(padded, mask, causal=causal)
+        assert states.isfinite().all()
+        torch.testing.assert_close(states[mask], alone[0], **TOLERANCE)
+
+
+def test_mask_only_where_needed():
+    real = torch.ones(2, 4, dtype=torch.bool)
+    assert attention_mask(None, 4, causal=True) is None
+    assert attention_mask(None, 4, causal=False) is None
+    assert attention_mask(None, 4, causal=True, sliding_window=4) is None
+    assert attention_mask(real, 4, causal=False).shape == (2, 1, 1, 4)
+    window = attention_mask(None, 4, causal=True, sliding_window=2)[0, 0].int().tolist()
+    assert window == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
+    window = attention_mask(None, 4, causal=False, sliding_window=1)[0, 0].int().tolist()
+    assert window == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
+    with pytest.raises(ValueError, match="no real token"):
+        attention_mask(torch.zeros(1, 3, dtype=torch.bool), 3, causal=False)
+
+
+def test_direction_must_be_said(both):
+    _, mine = both("llama")
+    with pytest.raises(TypeError):
+        mine.model(torch.zeros(1, 3, dtype=torch.long))
+
+
+def test_gradient_checkpointing_and_dropout(both):
+    _, mine = both("llama")
+    mine.requires_grad_(True)
+    ours.set_attention_dropout(mine, 0.3)
+    ids, mask = random_batch(padding="left")
+    gradients = []
+    for checkpointing in (False, True):
+        mine.model.gradient_checkpointing = checkpointing
+        mine.train().zero_grad()
+        torch.manual_seed(3)
+        mine(ids, mask, causal=False)[mask].square().mean().backward()
+        gradients.append([p.grad.clone() for p in mine.parameters()])
+    for a, b in zip(*gradients, strict=True):
+        torch.testing.assert_close(a, b)
+    one, two = (mine.model(ids, mask, causal=False) for _ in range(2))
+    assert (one - two)[mask].abs().max() > 1e-2, "attention dropout draws anew in training"
+    mine.eval()
+    one, two = (mine.model(ids, mask, causal=False) for _ in range(2))
+    assert torch.equal(one, two), "and never outside it"
+
+
+# ---- each known bug, put back in, must make parity fail ----
+
+
+def interleaved(x, cos, sin):
+    even, odd = x[..., ::2], x[..., 1::2]
+    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
+
+
+def test_known_bugs_break_parity(both, monkeypatch):
+    theirs, mine = both("llama")
+    ids, mask = random_batch(padding="left")
+    expected = run_reference(theirs, ids, mask, causal=False).logits[mask]
+
+    def error() -> float:
+        return (mine(ids, mask, causal=False)[mask] - expected).abs().max().item()
+
+    assert error() < 1e-4
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "rotate", interleaved)
+        assert error() > 0.5, "interleaved rotary pairs"
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "attention_mask", lambda *a, **k: None)
+        assert error() > 0.5, "ignored padding"
+    with monkeypatch.context() as patch:
+        patch.setattr(ours, "attention_mask", lambda m, T, **k: attention_mask(m, T, causal=True))
+        assert error() > 0.5, "silently causal"
+    with monkeypatch.context() as patch:
+        patch.setattr(ours.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], eps=self.eps))
+        assert error() > 0.5, "norm weights not loaded"
+    with monkeypatch.context() as patch:
+        sdpa = F.scaled_dot_product_attention
+        patch.setattr(
+            F,
+            "scaled_dot_product_attention",
+            lambda q, k, v, **o: sdpa(q, k.repeat(1, 2, 1, 1), v.repeat(1, 2, 1, 1), **(o | {"enable_gqa": False})),
+        )
+        assert error() > 0.5, "query heads on the wrong key heads"

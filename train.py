@@ -1,0 +1,257 @@
+"""Trains one stage of LLM2Vec per call:
+
+    python train.py --stage mntp                        # the model that ships with the package, in two minutes
+    python train.py --stage simcse --model runs/mntp
+    python embed.py --model runs/simcse "a text" "another"
+
+    python train.py --stage mntp --model sheared-llama-1.3b --data wiki.txt --output runs/sheared-mntp
+"""
+
+import argparse
+import sys
+from dataclasses import fields
+from pathlib import Path
+
+import torch
+
+from llm2vec_min.config import PAPER, PRESETS, ModelConfig, write_json
+from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
+from llm2vec_min.encoder import DTYPES, LLM2Vec, pick_device
+from llm2vec_min.evaluation import sts_score
+from llm2vec_min.hub import find_preset
+from llm2vec_min.lora import add_lora
+from llm2vec_min.mntp import MASK_STYLES, train_mntp
+from llm2vec_min.model import LanguageModel, init_weights
+from llm2vec_min.pooling import POOLING_MODES
+from llm2vec_min.pretrain import pretrain, train_tokenizer
+from llm2vec_min.simcse import train_simcse
+from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.training import Settings, open_output
+from llm2vec_min.weights import save_checkpoint
+
+STAGES = ("pretrain", "mntp", "simcse")
+ASSETS = Path(__file__).parent / "llm2vec_min" / "assets"
+
+
+def build_parser(argv: list[str]) -> argparse.ArgumentParser:
+    """The flags, with the defaults of the stage and model that `argv` names: so `--help` shows what would happen."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.add_argument("--stage", default="mntp")
+    first.add_argument("--model", default="tiny")
+    first.add_argument("--preset")
+    known, _ = first.parse_known_args(argv)
+    preset = find_preset(known.preset or known.model)
+    recipe = {field.name: field.default for field in fields(Settings)} | PAPER.get(known.stage, {})
+    if preset is not None:
+        recipe |= getattr(preset, known.stage, {})
+    is_tiny = preset is PRESETS["tiny"] and known.stage != "pretrain"
+
+    parser = argparse.ArgumentParser(
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"The defaults shown are those of --stage {known.stage} --model {known.model}: the paper's, or what its "
+        f"preset says otherwise. Presets: {', '.join(PRESETS)}.",
+    )
+
+    parser.error = refuse
+
+    def add(group, flag: str, text: str, **options) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        default = options.pop("default", recipe.get(name))
+        if default is not None and default != [] and options.get("action") != "store_true":
+            text += f" [{default if not isinstance(default, list) else ' '.join(default)}]"
+        group.add_argument(flag, default=default, help=text.replace("%", "%%"), **options)
+
+    group = parser.add_argument_group("what")
+    add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1) or simcse (stage 2)", default="mntp")
+    add(group, "--model", "preset, hub id (owner/name@revision), folder, or an earlier stage's output", default="tiny")
+    add(group, "--preset", "take the recipe and chat template of this preset, for a local copy of its model")
+    add(
+        group,
+        "--data",
+        "text files, one sentence or paragraph a line: .txt or .jsonl, plain, .gz or .xz; twice counts twice",
+        nargs="+",
+        metavar="FILE",
+        default=[str(ASSETS / "text" / "train.txt")] if is_tiny else [],
+    )
+    add(group, "--output", "folder for the result", default=f"runs/{known.stage}")
+    add(group, "--eval", "pairs file (score<tab>sentence<tab>sentence): prints Spearman before, during, after",
+        metavar="PAIRS.tsv", default=str(ASSETS / "text" / "similarity.tsv") if is_tiny else None)  # fmt: skip
+    add(group, "--overwrite", "replace the run in --output", action="store_true", default=False)
+    add(group, "--resume", "continue the killed run in --output from its last checkpoint", action="store_true", default=False)
+
+    group = parser.add_argument_group("optimization")
+    add(group, "--steps", "optimizer steps", type=int)
+    add(group, "--batch-size", "sequences per forward pass", type=int)
+    add(group, "--gradient-accumulation", "forward passes per optimizer step", type=int)
+    add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse", type=int)
+    add(group, "--lr", "peak learning rate", type=float)
+    add(group, "--warmup-steps", "steps of linear warmup", type=int)
+    add(group, "--schedule", "decay to zero: linear or cosine", choices=("linear", "cosine"))
+    add(group, "--weight-decay", "AdamW's", type=float)
+    add(group, "--adam-beta2", "AdamW's", type=float)
+    add(group, "--max-grad-norm", "clip the gradient at this norm", type=float)
+    add(group, "--seed", "of everything random", type=int)
+
+    group = parser.add_argument_group("LoRA (mntp, simcse)")
+    add(group, "--lora-r", "rank", type=int)
+    add(group, "--lora-alpha", "the update is scaled by alpha / r", type=float)
+    add(group, "--lora-dropout", "on what enters the adapter", type=float)
+
+    group = parser.add_argument_group("method")
+    add(group, "--mask-probability", "mntp: share of tokens to predict", type=float)
+    add(group, "--mask-style", "mntp: bert = 80 % mask, 10 % random, 10 % kept; all = all masked", choices=MASK_STYLES)
+    add(group, "--attention-dropout", "simcse: on attention probabilities, the noise between twins", type=float)
+    add(group, "--temperature", "simcse: divides the cosines", type=float)
+    add(group, "--pooling", "token states to one vector", choices=POOLING_MODES)
+    add(group, "--causal", "simcse: keep the causal mask (the baseline)", action="store_true", default=False)
+
+    group = parser.add_argument_group("machine")
+    add(group, "--device", "cpu, cuda, cuda:1, mps; default: the first GPU if there is one")
+    add(group, "--dtype", "of base weights and products (adapters stay float32); default: bfloat16 on a GPU, else "
+        "float32", choices=tuple(DTYPES))  # fmt: skip
+    add(group, "--gradient-checkpointing", "recompute activations instead of keeping them: less memory, a third more "
+        "time", action=argparse.BooleanOptionalAction)  # fmt: skip
+    add(group, "--save-every", "steps between checkpoints to resume from; 0: none", type=int)
+    add(group, "--eval-every", "steps between evaluations; 0: a quarter of the run", type=int)
+    add(group, "--compile", "pretrain: fuse the passes with torch.compile", action="store_true", default=False)
+
+    group = parser.add_argument_group("architecture (pretrain)")
+    for flag, value in (
+        ("--vocab-size", 4096),
+        ("--hidden-size", 128),
+        ("--intermediate-size", 352),
+        ("--num-hidden-layers", 6),
+        ("--num-attention-heads", 4),
+        ("--num-key-value-heads", 2),
+    ):
+        add(group, flag, flag.removeprefix("--").replace("-", " "), type=int, default=value)
+    return parser
+
+
+def refuse(message: str) -> None:
+    """argparse's complaint as the one line that every other mistake gets."""
+    raise ValueError(message)
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses settings that cannot work, before anything is loaded."""
+    if args.stage not in STAGES:
+        raise ValueError(f"--stage is {args.stage!r}, expected one of {', '.join(STAGES)}")
+    if args.preset is not None and args.preset not in PRESETS:
+        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(PRESETS)}")
+    for name in ("steps", "batch_size", "gradient_accumulation", "lora_r", "lr", "temperature", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
+    for name in ("warmup_steps", "save_every", "eval_every", "weight_decay"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
+    for name in ("lora_dropout", "attention_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number in [0, 1)")
+    if args.max_length < 4:
+        raise ValueError(f"--max-length is {args.max_length}, expected at least 4 tokens")
+    if args.stage == "mntp" and args.causal:
+        raise ValueError("--causal: MNTP trains a bidirectional encoder; the causal baseline is --stage simcse --causal")
+    if not args.data:
+        raise ValueError("--data: give one or more text files, one sentence or paragraph a line")
+    if args.stage == "pretrain" and Path(args.output).resolve().is_relative_to(ASSETS.resolve()):
+        raise ValueError(f"--output {args.output}: the shipped model is not overwritten; copy a new one there by hand")
+
+
+def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict) -> None:
+    """Tokenizer and decoder from scratch; the result is a plain Hugging Face checkpoint in bfloat16."""
+    device = pick_device(args.device)
+    train_lines, held_lines = read_split(args.data, every=1000)
+    output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
+    if not args.resume:
+        train_tokenizer(train_lines, args.vocab_size, output)
+    tokenizer = Tokenizer(output)
+    config = ModelConfig(
+        vocab_size=tokenizer.backend.get_vocab_size(),
+        hidden_size=args.hidden_size,
+        intermediate_size=args.intermediate_size,
+        num_hidden_layers=args.num_hidden_layers,
+        num_attention_heads=args.num_attention_heads,
+        num_key_value_heads=args.num_key_value_heads,
+        head_dim=args.hidden_size // args.num_attention_heads,
+        max_position_embeddings=4 * args.max_length,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(args.seed)
+    model = LanguageModel(config).to(device)
+    init_weights(model)
+    blocks, held_out = (pack_blocks(tokenizer, lines, args.max_length) for lines in (train_lines, held_lines))
+    print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {blocks.size:,} tokens to train on")
+    bfloat16 = args.dtype == "bfloat16"
+    loop = pretrain(
+        model, blocks, held_out, settings, output, bfloat16=bfloat16, compiled=args.compile, resume=args.resume
+    )
+    save_checkpoint(model, output, torch.bfloat16)
+    ids = {name: tokenizer.backend.token_to_id(t) for name, t in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
+    write_json(
+        output / "config.json",
+        config.to_dict()
+        | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
+        | {f"{name}_token_id": id for name, id in ids.items()},
+    )
+    loop.finish()
+
+
+def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: dict) -> None:
+    """MNTP or SimCSE: base and earlier adapters merged, a fresh adapter trained and saved."""
+    if args.stage == "mntp":
+        train_lines, held_lines = read_split(args.data, every=20)
+    else:
+        train_lines = read_lines(args.data)
+    if args.eval:
+        read_pairs(args.eval)  # its mistakes now, not after the model has loaded
+    l2v = LLM2Vec.from_pretrained(
+        args.model,
+        causal=args.causal,
+        pooling=args.pooling,
+        dtype=args.dtype,
+        device=args.device,
+        lm_head=args.stage == "mntp",
+    )
+    if args.preset:
+        l2v.template = PRESETS[args.preset].template
+    torch.manual_seed(args.seed)
+    add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
+    l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
+    counts = [sum(p.numel() for p in l2v.decoder.parameters() if p.requires_grad or not only) for only in (False, True)]
+    print(f"{counts[0]:,} parameters in the decoder, {counts[1]:,} ({counts[1] / counts[0]:.2%}) trained")
+
+    evaluate = (lambda: {"spearman": sts_score(l2v, args.eval)}) if args.eval else None
+    if args.stage == "mntp":
+        blocks, held_out = (pack_blocks(l2v.tokenizer, lines, args.max_length) for lines in (train_lines, held_lines))
+        output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
+        loop = train_mntp(l2v, blocks, held_out[:64], settings, output, evaluate=evaluate, resume=args.resume)
+    else:
+        output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
+        loop = train_simcse(l2v, train_lines, settings, output, evaluate=evaluate, resume=args.resume)
+    l2v.save_run(output, args.stage)
+    loop.finish()
+
+
+def main(argv: list[str]) -> None:
+    args = build_parser(argv).parse_args(argv)
+    check(args)
+    if args.dtype is None:
+        args.dtype = "bfloat16" if pick_device(args.device).type == "cuda" else "float32"
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume")}
+    print("in force: " + ", ".join(f"{name} {value}" for name, value in arguments.items()))
+    (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, arguments)
+    print(f"saved to {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"train.py: error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        print("stopped; with --save-every set, the same command with --resume continues", file=sys.stderr)
+        sys.exit(130)
