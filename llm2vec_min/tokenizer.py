@@ -27,8 +27,8 @@ class Batch(NamedTuple):
 class Tokenizer:
     """A checkpoint's `tokenizer.json`, giving the ids that transformers' AutoTokenizer gives.
 
-    Special tokens are added by the file's own post-processor, or by `add_bos_token` / `add_eos_token` where
-    `tokenizer_config.json` states them (transformers' rule).
+    Special tokens are added by that file's own post-processor, as in transformers 5: it says whether a text begins with
+    BOS. From `tokenizer_config.json` only the names of the special tokens are taken.
 
     Raises:
         ValueError: no readable tokenizer.json in the folder.
@@ -49,14 +49,6 @@ class Tokenizer:
         config_path = self.folder / "tokenizer_config.json"
         config = read_json(config_path) if config_path.is_file() else {}
         bos, eos, pad = (self._token(config.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
-        if "add_bos_token" in config or "add_eos_token" in config:
-            first = bos if config.get("add_bos_token") else None
-            last = eos if config.get("add_eos_token") else None
-            template = [token for token in (first, "$A", last) if token]
-            self.backend.post_processor = tokenizers.processors.TemplateProcessing(
-                single=" ".join(template),
-                special_tokens=[(t, self.backend.token_to_id(t)) for t in template if t != "$A"],
-            )
         self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
         self.eos_id = None if eos is None else self.backend.token_to_id(eos)
         # Padding is masked out everywhere, so any id will do where the tokenizer names none.
@@ -103,7 +95,10 @@ class Tokenizer:
             ids = np.array(encoding.ids, dtype=np.int64)
             starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
             inserted = np.array(encoding.special_tokens_mask, dtype=bool)
-            pooled = (ends > len(head)) & (starts < len(head) + len(text)) & (starts < ends) & ~inserted
+            # Byte-level tokenizers trim spaces off the offsets: one for spaces alone starts where it ends, so that the
+            # end of the text has to count as inside.
+            stop = len(head) + len(text)
+            pooled = (ends > len(head)) & ((starts < stop) | (ends <= stop)) & ~inserted
             if max_length is not None and len(ids) > max_length:
                 own = np.flatnonzero(pooled)
                 surplus = len(ids) - max_length

@@ -148,7 +148,7 @@ def _bpe(kind: str) -> Tokenizer:
     else:
         tokenizer = Tokenizer(models.BPE())
         if kind == "llama-3":
-            pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s+"
+            pattern = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
             tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
                 [
                     pre_tokenizers.Split(Regex(pattern), "isolated"),
@@ -164,6 +164,7 @@ def _bpe(kind: str) -> Tokenizer:
         tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=600,
+        max_token_length=6,
         special_tokens=specials,
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet() if "<0x00>" not in specials else ["▁", "_"],
         show_progress=False,

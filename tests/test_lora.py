@@ -1,0 +1,56 @@
+"""LoRALinear by its definition."""
+
+import pytest
+import torch
+from torch import nn
+
+from llm2vec_min.lora import TARGET_MODULES, LoRALinear, add_lora
+
+
+def layer(dtype=torch.float32, dropout=0.0):
+    torch.manual_seed(0)
+    return LoRALinear(nn.Linear(10, 6, dtype=dtype), r=3, alpha=6, dropout=dropout)
+
+
+def test_fresh_adapter_is_the_identity_and_the_formula_holds():
+    lora = layer()
+    x = torch.randn(2, 5, 10)
+    assert torch.equal(lora(x), nn.functional.linear(x, lora.weight, lora.bias))
+    nn.init.normal_(lora.lora_B.weight)
+    A, B, W = (m.weight.double() for m in (lora.lora_A, lora.lora_B, lora))
+    expected = x.double() @ (W + 2.0 * B @ A).T + lora.bias.double()
+    torch.testing.assert_close(lora(x).double(), expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(lora.merged()(x).double(), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_adapter_stays_float32_over_bfloat16():
+    lora = layer(torch.bfloat16)
+    assert lora.weight.dtype == torch.bfloat16 and lora.lora_A.weight.dtype == torch.float32
+    assert lora(torch.randn(2, 10, dtype=torch.bfloat16)).dtype == torch.bfloat16
+
+
+def test_dropout_is_on_activations_and_only_on_the_adapter():
+    lora = layer(dropout=0.5)
+    x = torch.ones(4, 10)
+    assert torch.equal(lora(x)[0], lora(x)[1]), "B is zero: dropout cannot be seen"
+    nn.init.normal_(lora.lora_B.weight)
+    rows = lora(x)
+    assert len({tuple(row.tolist()) for row in rows}) == 4, "each row its own noise"
+    lora.eval()
+    assert torch.equal(lora(x)[0], lora(x)[1])
+
+
+def test_add_lora(decoder):
+    chosen = add_lora(decoder, r=2)
+    assert len(chosen) == 7 * 3 and {name.rpartition(".")[2] for name in chosen} == set(TARGET_MODULES)
+    trainable = [name for name, p in decoder.named_parameters() if p.requires_grad]
+    assert len(trainable) == 2 * len(chosen) and all("lora_" in name for name in trainable)
+    with pytest.raises(ValueError, match="has an adapter already"):
+        add_lora(decoder)
+
+
+def test_bad_targets(decoder):
+    with pytest.raises(ValueError, match="no linear layer is named c_attn"):
+        add_lora(decoder, targets=["q_proj", "c_attn"])
+    with pytest.raises(ValueError, match="rank is 0"):
+        add_lora(decoder, r=0)

@@ -1,0 +1,273 @@
+"""Checkpoints and adapters, read and written, against transformers and peft; broken ones are refused in one error."""
+
+import copy
+import json
+import os
+import stat
+
+import peft
+import pytest
+import safetensors.torch
+import torch
+import transformers
+from conftest import VARIANTS, make_reference, random_batch, run_reference
+
+from llm2vec_min.config import ModelConfig
+from llm2vec_min.lora import add_lora, merge_lora
+from llm2vec_min.weights import load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
+
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_config_round_trip(reference, variant, tmp_path):
+    """transformers reads what we write and means the same; so do we, from the layouts of transformers 4 and 5."""
+    model, folder = reference(variant)
+    config = ModelConfig.from_folder(folder)
+    (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
+    assert ModelConfig.from_folder(tmp_path) == config
+    theirs = transformers.AutoConfig.from_pretrained(tmp_path)
+    for name in ("hidden_size", "num_key_value_heads", "rope_parameters", "tie_word_embeddings", "rms_norm_eps"):
+        assert getattr(theirs, name) == getattr(model.config, name), name
+    raw = json.loads((folder / "config.json").read_text())
+    rope = raw.pop("rope_parameters")
+    raw["rope_theta"] = rope.pop("rope_theta")
+    raw["rope_scaling"] = None if rope["rope_type"] == "default" else rope
+    assert ModelConfig.from_dict(raw) == config
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"model_type": "gpt2"}, "model_type is 'gpt2', supported are llama"),
+        ({"hidden_act": "gelu"}, "hidden_act is 'gelu'"),
+        ({"rope_parameters": {"rope_type": "yarn"}}, "rope type is 'yarn'"),
+        ({"hidden_size": None}, "no whole number for hidden_size"),
+        ({"num_key_value_heads": 3}, "must be a multiple"),
+    ],
+)
+def test_unsupported_config(reference, change, message):
+    _, folder = reference("llama")
+    with pytest.raises(ValueError, match=message):
+        ModelConfig.from_dict(json.loads((folder / "config.json").read_text()) | change)
+
+
+def test_sharded_headless_and_tied(reference, tmp_path):
+    model, folder = reference("llama")
+    ids, _ = random_batch()
+    expected = run_reference(model.model, ids, causal=False).last_hidden_state
+    model.save_pretrained(tmp_path / "sharded", max_shard_size="100KB")
+    assert (tmp_path / "sharded" / "model.safetensors.index.json").exists()
+    model.model.save_pretrained(tmp_path / "headless")
+    for name in ("sharded", "headless"):
+        torch.testing.assert_close(load_decoder(tmp_path / name)(ids, causal=False), expected, **TOLERANCE)
+    with pytest.raises(ValueError, match="missing: lm_head.weight"):
+        load_language_model(tmp_path / "headless")
+    _, tied = reference("llama-tied")
+    mine = load_language_model(tied)
+    assert mine.lm_head.weight is mine.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied"])
+@pytest.mark.parametrize("shard", [10**9, 60_000])
+def test_saved_checkpoint_loads_in_transformers(reference, variant, shard, tmp_path):
+    model, folder = reference(variant)
+    mine = load_language_model(folder)
+    save_checkpoint(mine, tmp_path, torch.float32, max_shard_bytes=shard)
+    config = mine.config.to_dict() | {"architectures": ["LlamaForCausalLM"]}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    ids, _ = random_batch()
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert torch.equal(again(ids).logits, model(ids).logits)
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_dtype_and_freezing(reference):
+    _, folder = reference("llama")
+    decoder = load_decoder(folder, dtype=torch.bfloat16)
+    assert {p.dtype for p in decoder.parameters()} == {torch.bfloat16}
+    assert not any(p.requires_grad for p in decoder.parameters()) and not decoder.training
+
+
+def test_all_misfits_in_one_error(reference, tmp_path):
+    _, folder = reference("llama")
+    state = safetensors.torch.load_file(folder / "model.safetensors")
+    del state["model.layers.1.mlp.up_proj.weight"]
+    state["model.layers.9.surprise"] = torch.zeros(2)
+    state["model.norm.weight"] = torch.zeros(3)
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError) as error:
+        load_decoder(tmp_path)
+    for part in ("missing: layers.1.mlp.up_proj.weight", "unexpected: model.layers.9.surprise", "(3,), expected (64,)"):
+        assert part in str(error.value)
+    assert "missing: norm" not in str(error.value)
+
+
+def test_broken_files(reference, tmp_path):
+    _, folder = reference("llama")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    with pytest.raises(ValueError, match="no weights found, expected model.safetensors"):
+        load_decoder(tmp_path)
+    data = (folder / "model.safetensors").read_bytes()
+    (tmp_path / "model.safetensors").write_bytes(data[: len(data) // 2])
+    with pytest.raises(ValueError, match="model.safetensors: not a readable safetensors file, perhaps cut short"):
+        load_decoder(tmp_path)
+    (tmp_path / "model.safetensors").unlink()
+    (tmp_path / "model.safetensors.index.json").write_text(json.dumps({"weight_map": {"a": "../elsewhere"}}))
+    with pytest.raises(ValueError, match="must name files of its own folder"):
+        load_decoder(tmp_path)
+
+
+@pytest.mark.parametrize("read_only", [False, True])
+def test_bin_is_converted_once(reference, tmp_path, monkeypatch, read_only):
+    model, folder = reference("llama-tied")
+    source = tmp_path / "old"
+    source.mkdir()
+    (source / "config.json").write_text((folder / "config.json").read_text())
+    state = model.state_dict()  # tied: two keys, one storage
+    torch.save(state, source / "pytorch_model.bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    if read_only:
+        monkeypatch.setattr(os, "access", lambda path, mode: False)
+    ids, _ = random_batch()
+    expected = run_reference(model, ids, causal=True).logits
+    torch.testing.assert_close(load_language_model(source)(ids, causal=True), expected, **TOLERANCE)
+    assert bool(list(source.glob("*.safetensors"))) != read_only
+    loaded = []
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loaded.append(a))
+    load_decoder(source)
+    assert not loaded, "the second time reads safetensors"
+
+
+def test_pickled_code_is_refused(reference, tmp_path):
+    _, folder = reference("llama")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    torch.save({"model.norm.weight": torch.zeros(1), "bad": os.system}, tmp_path / "pytorch_model.bin")
+    with pytest.raises(ValueError, match="pytorch_model.bin: not a readable weight file"):
+        load_decoder(tmp_path)
+    assert stat.S_ISREG((tmp_path / "pytorch_model.bin").stat().st_mode)
+
+
+# ---- adapters ----
+
+LORA = dict(r=4, lora_alpha=12, lora_dropout=0.0, target_modules=["q_proj", "v_proj", "o_proj", "down_proj", "up_proj"])
+
+
+def randomize(model, seed: int = 0):
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for name, parameter in sorted(model.named_parameters()):
+            if "lora_" in name:
+                parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+
+
+@pytest.fixture(params=["decoder", "causal-lm"])
+def peft_model(request, reference):
+    base = copy.deepcopy(reference("llama")[0])
+    model = peft.get_peft_model(base.model if request.param == "decoder" else base, peft.LoraConfig(**LORA))
+    randomize(model)
+    return model
+
+
+def test_their_adapter_here(peft_model, reference, tmp_path):
+    peft_model.save_pretrained(tmp_path)
+    mine = load_decoder(reference("llama")[1])
+    load_adapter(mine, tmp_path)
+    ids, mask = random_batch(padding="left")
+    inner = peft_model.base_model.model
+    expected = run_reference(getattr(inner, "model", inner), ids, mask, causal=False).last_hidden_state
+    torch.testing.assert_close(mine(ids, mask, causal=False)[mask], expected[mask], **TOLERANCE)
+    merge_lora(mine)
+    assert not any("lora" in name for name, _ in mine.named_parameters())
+    torch.testing.assert_close(mine(ids, mask, causal=False)[mask], expected[mask], **TOLERANCE)
+
+
+def test_our_adapter_there_with_gradients(reference, tmp_path):
+    model, folder = reference("llama")
+    mine = load_decoder(folder)
+    add_lora(mine, r=4, alpha=12, dropout=0.0, targets=LORA["target_modules"])
+    randomize(mine)
+    save_adapter(mine, tmp_path, "some/base")
+    theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path, is_trainable=True)
+    assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
+    ids, mask = random_batch(padding="left")
+    weights = torch.randn(3, 11, 64) * mask[:, :, None]
+    expected = run_reference(theirs.base_model.model, ids, mask, causal=False).last_hidden_state
+    states = mine(ids, mask, causal=False)
+    torch.testing.assert_close(states[mask], expected[mask], **TOLERANCE)
+    (states * weights).sum().backward(), (expected * weights).sum().backward()
+    gradients = {n: p.grad for n, p in theirs.named_parameters() if p.requires_grad}
+    compared = 0
+    for name, parameter in mine.named_parameters():
+        if "lora_" in name:
+            other = gradients[f"base_model.model.{name.removesuffix('.weight')}.default.weight"]
+            torch.testing.assert_close(parameter.grad, other, rtol=1e-4, atol=1e-4 * float(other.abs().max()))
+            compared += 1
+        else:
+            assert parameter.grad is None, "the base is frozen"
+    assert compared == len(gradients) == 2 * 5 * 3
+
+
+def test_merge_is_done_in_float32(reference):
+    _, folder = reference("llama")
+    mine = load_decoder(folder, dtype=torch.bfloat16)
+    add_lora(mine, r=4, alpha=12)
+    randomize(mine)
+    layer = mine.layers[0].mlp.up_proj
+    expected = layer.weight.double() + 3.0 * layer.lora_B.weight.double() @ layer.lora_A.weight.double()
+    merge_lora(mine)
+    merged = mine.layers[0].mlp.up_proj.weight
+    assert merged.dtype == torch.bfloat16
+    assert (merged.double() - expected).abs().max() <= (expected.abs().max() * 2**-8)
+    assert torch.equal(merged, expected.bfloat16()) or (merged != expected.bfloat16()).float().mean() < 0.001
+
+
+def test_adapter_round_trip_and_rslora(reference, tmp_path):
+    model, folder = reference("llama")
+    theirs = peft.get_peft_model(copy.deepcopy(model.model), peft.LoraConfig(**LORA, use_rslora=True))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    mine = load_decoder(folder)
+    load_adapter(mine, tmp_path)
+    ids, _ = random_batch()
+    expected = run_reference(theirs.base_model.model, ids, causal=True).last_hidden_state
+    torch.testing.assert_close(mine(ids, causal=True), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(hidden_size=32), "of another shape"),
+        (dict(num_hidden_layers=2), "missing: layers.2"),
+        (dict(num_hidden_layers=4), "unexpected: layers.3"),
+    ],
+)
+def test_adapter_for_another_model(reference, tmp_path, change, message):
+    """One made for a larger, a smaller or a shallower model is refused, not half applied as in PEFT."""
+    wanted = {"num_hidden_layers": {2: 2, 4: 4}.get(change.get("num_hidden_layers"), 3)}
+    other = peft.get_peft_model(make_reference("llama", **(change | wanted)).model, peft.LoraConfig(**LORA))
+    other.save_pretrained(tmp_path)
+    mine = load_decoder(reference("llama")[1])
+    with pytest.raises(ValueError, match=message):
+        load_adapter(mine, tmp_path)
+    assert not any("lora" in name for name, _ in mine.named_parameters())
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"peft_type": "IA3"}, "peft_type is 'IA3'"),
+        ({"use_dora": True}, "use_dora is True"),
+        ({"bias": "all"}, "bias is 'all'"),
+        ({"r": "four"}, "r is 'four'"),
+    ],
+)
+def test_unsupported_adapter(reference, tmp_path, change, message):
+    mine = load_decoder(reference("llama")[1])
+    add_lora(mine, r=4)
+    save_adapter(mine, tmp_path, "x")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(load_decoder(reference("llama")[1]), tmp_path)
