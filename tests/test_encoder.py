@@ -1,0 +1,172 @@
+"""encode and embed against transformers; independence of the batch; runs that move; odd input."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TEXTS, run_reference
+from test_weights import randomize
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min.lora import add_lora, merge_lora
+from llm2vec_min.pooling import POOLING_MODES
+
+
+@pytest.fixture(scope="module")
+def l2v(model_folder):
+    return LLM2Vec.from_pretrained(model_folder, device="cpu")
+
+
+@pytest.fixture
+def run_folders(model_folder, tmp_path):
+    """An MNTP and a SimCSE run with random adapters, and the encoder that the second should give."""
+    first = LLM2Vec.from_pretrained(model_folder, device="cpu", pooling="max", max_length=77)
+    add_lora(first.decoder, r=4)
+    randomize(first.decoder, seed=1)
+    (tmp_path / "mntp").mkdir(), (tmp_path / "simcse").mkdir()
+    first.save_run(tmp_path / "mntp", "mntp")
+    second = LLM2Vec.from_pretrained(tmp_path / "mntp", device="cpu")
+    add_lora(second.decoder, r=2)
+    randomize(second.decoder, seed=2)
+    second.save_run(tmp_path / "simcse", "simcse")
+    return tmp_path / "mntp", tmp_path / "simcse", second
+
+
+def test_mean_pooling_of_transformers(l2v, model_folder):
+    model = transformers.AutoModel.from_pretrained(model_folder)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+    for text in TEXTS[:2]:
+        ids = torch.tensor([tokenizer(text)["input_ids"]])
+        states = run_reference(model, ids, causal=False).last_hidden_state[0, 1:]  # BOS is not pooled
+        np.testing.assert_allclose(l2v.encode(text), states.mean(0).detach().numpy(), rtol=1e-5, atol=1e-5)
+        np.testing.assert_allclose(l2v.encode([text], pooling=None)[0], states.detach().numpy(), rtol=1e-5, atol=1e-5)
+
+
+def test_causal_toggle(l2v, model_folder):
+    causal = LLM2Vec.from_pretrained(model_folder, causal=True, device="cpu", pooling="first")
+    a, b = causal.encode(["the cat sat", "the dog sat on"])
+    both_ways = l2v.encode(["the cat sat", "the dog sat on"], pooling="first")
+    np.testing.assert_allclose(a, b, atol=1e-5)  # the same first token, which sees nothing else
+    assert np.abs(both_ways[0] - both_ways[1]).max() > 1e-2
+
+
+@pytest.mark.parametrize("mode", POOLING_MODES)
+def test_batch_order_and_padding_change_nothing(l2v, mode):
+    alone = np.stack([l2v.encode(text, pooling=mode) for text in TEXTS])
+    for batch_size in (1, 3, 32):
+        np.testing.assert_allclose(l2v.encode(TEXTS, pooling=mode, batch_size=batch_size), alone, rtol=1e-5, atol=1e-5)
+    backwards = l2v.encode(TEXTS[::-1], pooling=mode, batch_size=2)[::-1]
+    np.testing.assert_allclose(backwards, alone, rtol=1e-5, atol=1e-5)
+
+
+def test_shapes_and_normalize(l2v):
+    assert l2v.encode("one").shape == (64,) and l2v.encode([]).shape == (0, 64)
+    vectors = l2v.encode(TEXTS[:3], normalize=True)
+    assert vectors.dtype == np.float32
+    np.testing.assert_allclose(np.linalg.norm(vectors, axis=1), 1, rtol=1e-6)
+    tokens = l2v.encode(TEXTS, pooling=None)
+    assert [len(t) for t in tokens] == [int(row.pooled.sum()) for row in l2v.tokenize(TEXTS)]
+
+
+def test_instructions(l2v):
+    text, instruction = "the cat sat on the mat", "Find similar texts:"
+    plain, told = l2v.encode(text), l2v.encode(text, instruction)
+    assert np.abs(plain - told).max() > 1e-3, "the text's tokens see the instruction"
+    pairs = l2v.encode([[instruction, text], ["", text]])
+    np.testing.assert_allclose(pairs, [told, plain], rtol=1e-5, atol=1e-5)
+    assert len(l2v.encode([[instruction, text]], pooling=None)[0]) == len(l2v.encode([text], pooling=None)[0])
+    with pytest.raises(ValueError, match="expected a text or an"):
+        l2v.encode([["a", "b", "c"]])
+
+
+def test_odd_texts(l2v):
+    odd = ["", "   ", "\n\t", "🙂" * 5, "<s></s><unk>", "[INST] [/INST]", "long " * 20_000, "\x00\x01", "_"]
+    vectors = l2v.encode(odd, normalize=True)
+    assert np.isfinite(vectors).all()
+    assert not vectors[0].any(), "an empty text gives zeros"
+    assert np.isfinite(l2v.encode(odd, pooling="max")).all()
+
+
+def test_embed_is_differentiable(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    add_lora(l2v.decoder, r=2)
+    vectors = l2v.embed(TEXTS[:3], "Find:")
+    np.testing.assert_allclose(vectors.detach().numpy(), l2v.encode(TEXTS[:3], "Find:"), rtol=1e-5, atol=1e-5)
+    vectors.square().sum().backward()
+    assert all(p.grad is not None for p in l2v.decoder.parameters() if p.requires_grad)
+    assert any(p.grad.abs().max() > 0 for p in l2v.decoder.parameters() if p.requires_grad)
+
+
+def test_bfloat16_pools_in_float32(model_folder, l2v):
+    half = LLM2Vec.from_pretrained(model_folder, dtype="bfloat16", device="cpu")
+    a, b = half.encode(TEXTS[:4], normalize=True), l2v.encode(TEXTS[:4], normalize=True)
+    assert a.dtype == np.float32 and (a * b).sum(1).min() > 0.99
+
+
+def test_run_chain(run_folders):
+    mntp, simcse, expected = run_folders
+    again = LLM2Vec.from_pretrained(simcse, device="cpu")
+    np.testing.assert_allclose(again.encode(TEXTS), expected.encode(TEXTS), rtol=1e-4, atol=1e-4)
+    assert (again.pooling, again.max_length, again.causal) == ("max", 77, False)
+    before = LLM2Vec.from_pretrained(mntp, device="cpu").encode(TEXTS[:1])
+    assert np.abs(before - expected.encode(TEXTS[:1])).max() > 1e-2
+
+
+def test_run_can_be_moved(run_folders, tmp_path):
+    mntp, simcse, expected = run_folders
+    moved = tmp_path / "elsewhere" / "model"
+    shutil.copytree(simcse, moved)
+    shutil.rmtree(mntp), shutil.rmtree(simcse)
+    np.testing.assert_allclose(
+        LLM2Vec.from_pretrained(moved, device="cpu").encode(TEXTS), expected.encode(TEXTS), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_last_adapter_loads_in_peft(run_folders, model_folder):
+    peft = pytest.importorskip("peft")
+    mntp, simcse, expected = run_folders
+    model = transformers.AutoModel.from_pretrained(model_folder)
+    model = peft.PeftModel.from_pretrained(model, mntp).merge_and_unload()
+    model = peft.PeftModel.from_pretrained(model, simcse)
+    row = expected.tokenize(TEXTS[:1])[0]
+    states = run_reference(model.base_model.model, torch.tensor(row.ids)[None], causal=False).last_hidden_state
+    np.testing.assert_allclose(
+        expected.encode(TEXTS[:1], pooling=None)[0], states[0, row.pooled].detach().numpy(), rtol=1e-4, atol=1e-4
+    )
+
+
+def test_extra_adapters(run_folders, model_folder):
+    mntp, simcse, expected = run_folders
+    stacked = LLM2Vec.from_pretrained(model_folder, adapters=[mntp, simcse], pooling="max", device="cpu")
+    np.testing.assert_allclose(stacked.encode(TEXTS), expected.encode(TEXTS), rtol=1e-4, atol=1e-4)
+
+
+def test_merged_equals_unmerged(run_folders):
+    _, _, l2v = run_folders
+    before = l2v.encode(TEXTS)
+    merge_lora(l2v.decoder)
+    np.testing.assert_allclose(l2v.encode(TEXTS), before, rtol=1e-4, atol=1e-4)
+
+
+def test_missing_base(run_folders):
+    mntp, _, _ = run_folders
+    path = mntp / "llm2vec_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"base_model_name_or_path": "/not/there"}))
+    with pytest.raises(ValueError, match="its base model was not found.*'/not/there' is neither a folder"):
+        LLM2Vec.from_pretrained(mntp)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (dict(pooling="cls"), "pooling is 'cls'"),
+        (dict(dtype="int4"), "dtype is 'int4'"),
+        (dict(device="cuda:99"), "device 'cuda:99' is not available"),
+    ],
+)
+def test_bad_options(model_folder, options, message):
+    with pytest.raises(ValueError, match=message):
+        LLM2Vec.from_pretrained(model_folder, **options)

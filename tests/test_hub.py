@@ -1,0 +1,91 @@
+"""Names to folders; what the hub refuses becomes one line that says what to do."""
+
+from types import SimpleNamespace
+
+import huggingface_hub
+import pytest
+from huggingface_hub import errors
+
+from llm2vec_min.config import PAPER, PRESETS, Preset
+from llm2vec_min.encoder import find_chain
+from llm2vec_min.hub import find_preset, resolve
+from llm2vec_min.training import Settings
+
+
+def test_folder_and_preset(tmp_path, monkeypatch):
+    assert resolve(tmp_path) == tmp_path
+    monkeypatch.setitem(PRESETS, "mine", Preset(str(tmp_path), template=("<", ">")))
+    assert resolve("mine") == tmp_path
+    assert find_chain("mine") == ("mine", [], {"template": ["<", ">"]})
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("sheared-lama", "'sheared-lama' is neither a folder nor a hub id .owner/name.; presets are tiny, smollm2-135m"),
+        ("/no/such/folder", "is neither a folder nor a hub id"),
+        (__file__, "is a file, expected a folder"),
+    ],
+)
+def test_unknown_names(name, message):
+    with pytest.raises(ValueError, match=message):
+        resolve(name)
+
+
+FILES = [
+    "config.json", "tokenizer.json", "README.md", "model-00001-of-00002.safetensors", "pytorch_model.bin",
+    "model-00002-of-00002.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "onnx/model.onnx",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("only_bin", [False, True])
+def test_only_needed_files_are_downloaded(monkeypatch, tmp_path, only_bin):
+    files = [f for f in FILES if not (only_bin and "safetensors" in f)]
+    asked = {}
+
+    def snapshot(repo, revision, allow_patterns):
+        asked.update(repo=repo, revision=revision, files=set(allow_patterns))
+        return str(tmp_path)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: files)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
+    assert resolve("some/model@v2") == tmp_path
+    weights = {"pytorch_model.bin"} if only_bin else {f for f in files if f.startswith("model")}
+    assert asked == dict(repo="some/model", revision="v2", files={"config.json", "tokenizer.json"} | weights)
+
+
+def refused(error):
+    return error("no", response=SimpleNamespace(headers={}, request=None, status_code=403))
+
+
+@pytest.mark.parametrize(
+    ("error", "message"),
+    [
+        (errors.GatedRepoError, "'some/model' is gated: accept its licence at https://huggingface.co/some/model"),
+        (errors.RepositoryNotFoundError, "neither a local folder nor a hub repository"),
+        (errors.RevisionNotFoundError, "no revision 'v2'"),
+    ],
+)
+def test_refusals(monkeypatch, error, message):
+    def refuse(self, repo, revision):
+        raise refused(error)
+
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
+    with pytest.raises(ValueError, match=message):
+        resolve("some/model@v2")
+
+
+def test_offline_and_not_cached():
+    with pytest.raises(ValueError, match="could not be downloaded .*pass the folder"):
+        resolve("some/model")
+
+
+def test_presets_are_the_papers():
+    fields = set(Settings.__dataclass_fields__)
+    for preset in PRESETS.values():
+        assert set(preset.mntp) | set(preset.simcse) <= fields
+    assert PAPER["mntp"]["lr"] == 5e-5 and PAPER["simcse"]["lr"] == 3e-5
+    mistral = PRESETS["mistral-7b"].mntp
+    assert (mistral["mask_probability"], mistral["mask_style"]) == (0.8, "all")
+    assert find_preset("mistralai/Mistral-7B-Instruct-v0.2") is PRESETS["mistral-7b"]
+    assert find_preset("someone/else") is None

@@ -1,0 +1,85 @@
+"""Masking statistics and the label shift, against transformers' own loss."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import random_batch, run_reference
+
+from llm2vec_min.mntp import IGNORED, explain, mask_tokens, mntp_logits, mntp_loss
+from llm2vec_min.tokenizer import Tokenizer
+
+FIXED = dict(mask_id=5, special_ids={0, 1}, vocab_size=1000)
+
+
+def test_bert_style_statistics():
+    ids = torch.randint(2, 1000, (400, 200), generator=torch.Generator().manual_seed(0))
+    ids[ids == 5] = 6
+    ids[:, 50] = 1
+    masked, labels = mask_tokens(ids, **FIXED, probability=0.2, generator=torch.Generator().manual_seed(0))
+    chosen = labels != IGNORED
+    assert not chosen[:, 0].any() and not chosen[:, 50].any(), "position 0 and special tokens are never chosen"
+    assert torch.equal(labels[chosen], ids[chosen])
+    assert torch.equal(masked[~chosen], ids[~chosen])
+    assert chosen.sum() / (400 * 198) == pytest.approx(0.2, abs=0.005)
+    shown, true = masked[chosen], ids[chosen]
+    assert (shown == 5).float().mean() == pytest.approx(0.8, abs=0.01)
+    assert (shown == true).float().mean() == pytest.approx(0.1, abs=0.01)
+    rest = shown[(shown != 5) & (shown != true)]
+    assert len(rest) / len(shown) == pytest.approx(0.1, abs=0.01)
+    assert rest.float().mean() == pytest.approx(500, abs=15), "uniform over the vocabulary"
+
+
+def test_all_style():
+    ids = torch.randint(2, 1000, (50, 100))
+    masked, labels = mask_tokens(ids, **FIXED, probability=0.8, style="all")
+    chosen = labels != IGNORED
+    assert (masked[chosen] == 5).all()
+    assert chosen.float().mean() == pytest.approx(0.8 * 0.99, abs=0.02)
+
+
+@pytest.mark.parametrize("options", [dict(style="span"), dict(probability=0.0), dict(probability=1.5)])
+def test_bad_masking(options):
+    with pytest.raises(ValueError, match="mask (style|probability) is"):
+        mask_tokens(torch.zeros(1, 4, dtype=torch.long), **FIXED, **options)
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "mistral-window"])
+def test_loss_is_transformers_shifted_cross_entropy(both, variant):
+    theirs, mine = both(variant)
+    ids, _ = random_batch(B=4, T=20)
+    masked, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=257, probability=0.4)
+    labels[:, 0] = ids[:, 0]  # a chosen position 0 has no predictor and must add nothing
+    expected = run_reference(theirs, masked, causal=False, labels=labels).loss
+    torch.testing.assert_close(mntp_loss(mine.model, mine.lm_head, masked, labels), expected, rtol=1e-5, atol=1e-5)
+    unshifted = F.cross_entropy(run_reference(theirs, masked, causal=False).logits.flatten(0, 1), labels.flatten())
+    assert (unshifted - expected).abs() > 1e-2
+
+
+def test_only_masked_positions_get_logits(both):
+    _, mine = both("llama")
+    ids, _ = random_batch()
+    _, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=257)
+    logits, targets = mntp_logits(mine.model, mine.lm_head, ids, labels)
+    assert logits.shape == ((labels != IGNORED).sum(), 257) and len(targets) == len(logits)
+    position = int((labels[0] != IGNORED).nonzero()[0])
+    expected = mine(ids, causal=False)[0, position - 1]
+    torch.testing.assert_close(logits[0], expected, rtol=1e-5, atol=1e-5)
+
+
+def test_nothing_masked_gives_zero_not_nan(both):
+    _, mine = both("llama")
+    mine.requires_grad_(True)
+    ids, _ = random_batch()
+    loss = mntp_loss(mine.model, mine.lm_head, ids, torch.full_like(ids, IGNORED))
+    loss.backward()
+    assert loss.item() == 0
+
+
+def test_explanation(model_folder):
+    tokenizer = Tokenizer(model_folder)
+    ids = torch.from_numpy(tokenizer.encode(["the cat sat"])[0].ids)
+    masked, labels = ids.clone(), torch.full_like(ids, IGNORED)
+    masked[2], labels[2] = tokenizer.mask_id(), ids[2]
+    words = explain(tokenizer, ids, masked, labels)
+    pieces = tokenizer.pieces(ids)
+    assert f"position 1 ({pieces[1]!r}) predicts position 2: {pieces[2]!r} (shown as '_')" in words

@@ -1,0 +1,64 @@
+"""InfoNCE by hand in float64; twins that differ; sentences grouped by length."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min.lora import add_lora
+from llm2vec_min.model import set_attention_dropout
+from llm2vec_min.simcse import embed_twins, explain, info_nce, tokenize
+
+
+def by_hand(queries, candidates, temperature):
+    queries, candidates = queries.double().numpy(), candidates.double().numpy()
+    total = 0.0
+    for i, q in enumerate(queries):
+        scores = [q @ c / np.linalg.norm(q) / np.linalg.norm(c) / temperature for c in candidates]
+        total += math.log(sum(math.exp(s) for s in scores)) - scores[i]
+    return total / len(queries)
+
+
+@pytest.mark.parametrize("extra", [0, 3])
+def test_info_nce_by_hand(extra):
+    a, b = torch.randn(5, 8), torch.randn(5 + extra, 8)
+    assert info_nce(a, b, 0.05).item() == pytest.approx(by_hand(a, b, 0.05), rel=1e-5)
+
+
+def test_info_nce_of_identical_and_of_useless_vectors():
+    assert info_nce(torch.eye(4), torch.eye(4), 0.01).item() == pytest.approx(0, abs=1e-5)
+    assert info_nce(torch.ones(4, 3), torch.ones(4, 3)).item() == pytest.approx(math.log(4), rel=1e-5)
+
+
+@pytest.fixture
+def l2v(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    add_lora(l2v.decoder, r=4, dropout=0.1)
+    return l2v
+
+
+def test_twins_differ_by_dropout_only(l2v):
+    encoded = tokenize(l2v, ["the cat sat", "a dog"], 32)
+    first, second = embed_twins(l2v, encoded)
+    torch.testing.assert_close(first, second)
+    np.testing.assert_allclose(first.detach(), l2v.encode(["the cat sat", "a dog"]), rtol=1e-5, atol=1e-5)
+    set_attention_dropout(l2v.decoder, 0.3)
+    l2v.train()
+    first, second = embed_twins(l2v, encoded)
+    assert (first - second).abs().max() > 1e-3
+
+
+def test_twins_of_equal_sentences_differ_too(l2v):
+    """Every row draws its own noise: two copies in a batch are not given the same."""
+    set_attention_dropout(l2v.decoder, 0.3)
+    l2v.train()
+    first, _ = embed_twins(l2v, tokenize(l2v, ["the cat sat"] * 2, 32))
+    assert (first[0] - first[1]).abs().max() > 1e-3
+
+
+def test_explanation(l2v):
+    words = explain(l2v, ["the cat sat", "a dog barks"])
+    assert "A: the cat sat\nB: a dog barks\ncosine of A and B " in words
+    assert not l2v.training

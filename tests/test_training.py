@@ -1,0 +1,234 @@
+"""Schedule, loop, resume; both stages reproduce exactly and learn something."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+from conftest import TEXTS
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
+from llm2vec_min.evaluation import ranks, spearman
+from llm2vec_min.lora import add_lora
+from llm2vec_min.mntp import train_mntp
+from llm2vec_min.simcse import train_simcse
+from llm2vec_min.training import Settings, get_lr, open_output
+
+QUICK = dict(steps=6, batch_size=4, max_length=16, lr=1e-3, save_every=2, eval_every=100)
+
+
+def train(model_folder, stage, output=None, steps_until_killed=None, **options):
+    """A short run; returns (encoder, loop). Killed runs stop as Ctrl-C would stop them."""
+    settings = Settings(**(QUICK | options.pop("settings", {})))
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu", lm_head=True)
+    torch.manual_seed(settings.seed)
+    add_lora(l2v.decoder, r=4)
+    calls = 0
+
+    def evaluate():
+        nonlocal calls
+        calls += 1
+        return {"calls": calls}
+
+    options = dict(output=output, quiet=True, evaluate=evaluate) | options
+    if stage == "mntp":
+        blocks = pack_blocks(l2v.tokenizer, TEXTS[:6] * 20, settings.max_length)
+        loop = train_mntp(l2v, blocks[8:], blocks[:8], settings, **options)
+    else:
+        sentences = [f"{a[:9]} {b[:9]} {c}" for a in TEXTS[:3] for b in TEXTS[:3] for c in ("cat", "dog", "night")]
+        loop = train_simcse(l2v, sentences, settings, **options)
+    return l2v, loop
+
+
+def weights(l2v):
+    return {name: p.detach().clone() for name, p in l2v.decoder.named_parameters() if "lora_" in name}
+
+
+def same(a, b):
+    return all(torch.equal(a[name], b[name]) for name in a)
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_seed_reproduces_and_another_seed_does_not(model_folder, stage):
+    one, two = (weights(train(model_folder, stage)[0]) for _ in range(2))
+    assert same(one, two)
+    assert not same(one, weights(train(model_folder, stage, settings=dict(seed=1))[0]))
+    assert same(one, weights(train(model_folder, stage, settings=dict(eval_every=1))[0])), "evaluation changes nothing"
+
+
+class Killed(Exception):
+    pass
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_killed_run_resumes_to_the_same_weights(model_folder, stage, tmp_path, monkeypatch):
+    whole = weights(train(model_folder, stage, tmp_path / "a" if (tmp_path / "a").mkdir() is None else None)[0])
+    (tmp_path / "b").mkdir()
+    from llm2vec_min import training
+
+    update = training.Loop.update
+
+    def die_at_step_5(self, *arguments):
+        if self.step == 5:
+            raise Killed
+        update(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(Killed):
+        patch.setattr(training.Loop, "update", die_at_step_5)
+        train(model_folder, stage, tmp_path / "b")
+    assert (tmp_path / "b" / "checkpoint.safetensors").exists()
+    resumed, loop = train(model_folder, stage, tmp_path / "b", resume=True)
+    assert same(whole, weights(resumed))
+    assert loop.start == 4
+    steps = [[json.loads(line)["step"] for line in open(tmp_path / run / "metrics.jsonl")] for run in "ab"]
+    assert steps[0] == steps[1]
+    loop.finish()
+    assert not (tmp_path / "b" / "checkpoint.safetensors").exists()
+
+
+def test_accumulation_is_the_mean_of_its_passes(model_folder):
+    """Two passes of 4 equal one pass of 8 when every row masks as many tokens (all of them)."""
+    everything = dict(mask_probability=1.0, mask_style="all", steps=1, lora_dropout=0.0)
+    l2v, loop = train(model_folder, "mntp", settings=everything | dict(batch_size=4, gradient_accumulation=2))
+    assert l2v.decoder.training is False
+    norms = [record["grad_norm"] for record in loop.history if "grad_norm" in record]
+    assert len(norms) == 1 and norms[0] > 0
+
+
+def test_loss_falls(model_folder):
+    _, loop = train(model_folder, "mntp", settings=dict(steps=40, lr=5e-3))
+    losses = [record["loss"] for record in loop.history if "loss" in record]
+    assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
+
+
+def test_mntp_refuses_causal(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, causal=True, device="cpu", lm_head=True)
+    with pytest.raises(ValueError, match="found causal=True"):
+        train_mntp(l2v, np.zeros((4, 4), int), np.zeros((4, 4), int), Settings())
+
+
+def test_schedule():
+    s = Settings(steps=10, lr=1.0)
+    assert [round(get_lr(i, s), 6) for i in (0, 5, 9)] == [1.0, 0.5, 0.1]
+    s = Settings(steps=12, lr=1.0, warmup_steps=3)
+    assert [get_lr(i, s) for i in (0, 1, 2, 3)] == [0.25, 0.5, 0.75, 1.0] and get_lr(11, s) > 0
+    s = Settings(steps=10, lr=1.0, schedule="cosine")
+    assert get_lr(0, s) == 1 and get_lr(5, s) == pytest.approx(0.5)
+
+
+def test_not_finite_loss_stops(model_folder):
+    with pytest.raises(ValueError, match="lower --lr"):
+        train(model_folder, "simcse", settings=dict(lr=1e30, max_grad_norm=1e30))
+
+
+# ---- output folders ----
+
+
+def test_output_folder(tmp_path):
+    run = open_output(tmp_path / "run", {"lr": 1})
+    assert json.loads((run / "train_args.json").read_text()) == {"lr": 1}
+    with pytest.raises(ValueError, match="already holds files; --overwrite starts anew"):
+        open_output(run, {})
+    with pytest.raises(ValueError, match="holds no checkpoint of an unfinished run"):
+        open_output(run, {"lr": 1}, resume=True)
+    (run / "checkpoint.safetensors").touch()
+    with pytest.raises(ValueError, match="an unfinished run; --resume continues it"):
+        open_output(run, {})
+    with pytest.raises(ValueError, match="lr was 1, is 2"):
+        open_output(run, {"lr": 2}, resume=True)
+    open_output(run, {"lr": 2}, overwrite=True)
+    assert not (run / "checkpoint.safetensors").exists()
+    other = tmp_path / "documents"
+    other.mkdir()
+    (other / "thesis.txt").write_text("mine")
+    with pytest.raises(ValueError, match="holds files, but not a run"):
+        open_output(other, {}, overwrite=True)
+    with pytest.raises(ValueError, match="is a file, expected a folder"):
+        open_output(other / "thesis.txt", {})
+
+
+# ---- data ----
+
+
+def test_lines(tmp_path):
+    import gzip
+    import lzma
+
+    (tmp_path / "a.txt").write_text("one\n\n  two  \n")
+    (tmp_path / "b.jsonl").write_text('{"text": "three"}\n"four"\n')
+    gzip.open(tmp_path / "c.txt.gz", "wt").write("five\n")
+    lzma.open(tmp_path / "d.txt.xz", "wt").write("six\n")
+    paths = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.txt.xz")]
+    assert read_lines(paths) == ["one", "two", "three", "four", "five", "six"]
+    assert list(iter_lines(paths[0], keep_empty=True)) == ["one", "", "two"]
+    train, held = read_split([paths[0], paths[0], paths[1]], every=2)
+    assert (train, held) == (["one", "one", "three"], ["two", "four"])
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("empty.txt", b"\n \n", "empty.txt: no text in it"),
+        ("bad.jsonl", b'{"text": "a"}\n{"words": 1}\n', "bad.jsonl:2: expected a JSON string"),
+        ("bad.txt.gz", b"not gzip", "bad.txt.gz: not a readable text file"),
+        ("bad.txt", b"\xff\xfe\xff", "bad.txt: not a readable text file"),
+    ],
+)
+def test_bad_data(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_lines([tmp_path / name])
+    with pytest.raises(ValueError, match="nowhere.txt: not a readable"):
+        read_lines([tmp_path / "nowhere.txt"])
+
+
+def test_pairs(tmp_path):
+    (tmp_path / "p.tsv").write_text("5.0\ta\tb\n0.5\tc\td\n")
+    scores, first, second = read_pairs(tmp_path / "p.tsv")
+    assert scores.tolist() == [5, 0.5] and first == ["a", "c"] and second == ["b", "d"]
+    (tmp_path / "p.tsv").write_text("5.0\ta\tb\nhigh\tc\td\n")
+    with pytest.raises(ValueError, match=r"pair 2 is 'high\\tc\\td', expected score"):
+        read_pairs(tmp_path / "p.tsv")
+
+
+def test_pack_blocks(model_folder):
+    from llm2vec_min.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(model_folder)
+    blocks = pack_blocks(tokenizer, TEXTS[:3] * 5, 16)
+    flat = np.concatenate([row.ids for row in tokenizer.encode(TEXTS[:3] * 5)])
+    assert blocks.flatten().tolist() == flat[: blocks.size].tolist()
+    assert len(flat) - blocks.size < 16
+    with pytest.raises(ValueError, match="at least one block of 512 is needed"):
+        pack_blocks(tokenizer, ["a"], 512)
+
+
+def test_batches_cover_an_epoch_and_resume():
+    order = batches(10, 3, seed=0)
+    first = [next(order) for _ in range(7)]
+    epoch = np.concatenate(first[:3])
+    assert len(set(epoch.tolist())) == 9
+    assert not np.array_equal(first[0], first[3])
+    again = batches(10, 3, seed=0, start=5)
+    np.testing.assert_array_equal(next(again), first[5])
+    with pytest.raises(ValueError, match="2 examples, fewer than one batch of 3"):
+        next(batches(2, 3, seed=0))
+
+
+def test_batches_of_similar_length():
+    lengths = np.random.default_rng(0).integers(1, 100, 1000)
+    grouped, plain = (
+        np.mean([np.ptp(lengths[next(order)]) for _ in range(60)])
+        for order in (batches(1000, 16, 0, lengths=lengths), batches(1000, 16, 0))
+    )
+    assert grouped < plain / 5
+
+
+def test_spearman_is_scipys():
+    stats = pytest.importorskip("scipy.stats")
+    rng = np.random.default_rng(0)
+    a, b = rng.integers(0, 6, 200) / 2, rng.normal(size=200)
+    np.testing.assert_allclose(ranks(a), stats.rankdata(a))
+    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
+    assert np.isnan(spearman(np.ones(5), b[:5]))
