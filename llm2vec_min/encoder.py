@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from .pooling import POOLING_MODES, pool
 from .tokenizer import Tokenizer
 from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_language_model, save_adapter
 
+MAX_TOKENS = (65536, 1024)  # per forward pass in `encode`: enough to fill a GPU, a CPU
 LLM2VEC_CONFIG = "llm2vec_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -188,7 +190,8 @@ class LLM2Vec(nn.Module):
         Args:
             texts: one text, a list of texts, or a list of [instruction, text] pairs.
             instruction: put before each text, and not pooled; documents usually get none.
-            batch_size: texts per forward pass; they are sorted by length, so little padding is computed.
+            batch_size: most texts per forward pass. They are sorted by length, and long ones run fewer at a time, so
+                that little padding is computed.
             pooling: another than the model's own; None gives the states of each text's own tokens instead.
             normalize: scale each vector to length 1.
         Returns:
@@ -203,11 +206,10 @@ class LLM2Vec(nn.Module):
         was_training = self.training
         self.eval()
         encoded = self.tokenize(texts, instruction)
-        order = np.argsort([-len(row.ids) for row in encoded], kind="stable")  # longest first: memory peaks at once
+        lengths = [len(row.ids) for row in encoded]
         results: list = [None] * len(encoded)
         with tqdm(total=len(encoded), desc="encoding", unit="text", disable=not show_progress) as bar:
-            for start in range(0, len(order), batch_size):
-                rows = order[start : start + batch_size]
+            for rows in sorted_batches(lengths, batch_size, MAX_TOKENS[self.device.type == "cpu"]):
                 hidden, pool_mask = self.states([encoded[i] for i in rows])
                 if mode is None:
                     vectors = [h[m].float() for h, m in zip(hidden, pool_mask, strict=True)]
@@ -254,6 +256,19 @@ class LLM2Vec(nn.Module):
                 "template": list(self.template),
             },
         )
+
+
+def sorted_batches(lengths: list[int], batch_size: int, max_tokens: int) -> Iterator[list[int]]:
+    """Indices in batches of similar length, longest first (so memory peaks at once): at most `batch_size` of them,
+    or `max_tokens` once padded; one at least."""
+    batch: list[int] = []
+    for i in sorted(range(len(lengths)), key=lambda i: -lengths[i]):
+        if batch and (len(batch) == batch_size or lengths[batch[0]] * (len(batch) + 1) > max_tokens):
+            yield batch
+            batch = []
+        batch.append(i)
+    if batch:
+        yield batch
 
 
 def pick_device(name: str | torch.device | None) -> torch.device:

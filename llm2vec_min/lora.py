@@ -9,6 +9,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from .model import dropout
+
 TARGET_MODULES = ("q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj")
 
 
@@ -38,7 +40,7 @@ class LoRALinear(nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         y = F.linear(x, self.weight, self.bias)  # (B, T, out)
-        a = F.dropout(x, self.dropout, self.training)
+        a = dropout(x, self.dropout, self.training)
         a = F.linear(a, self.lora_A.weight.to(x.dtype))  # (B, T, R)
         return y + F.linear(a, self.lora_B.weight.to(x.dtype)) * self.scaling
 

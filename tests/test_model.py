@@ -47,9 +47,8 @@ def test_attention_mlp_layer(both, variant):
     theirs, mine = both(variant)
     x = torch.randn(2, 7, 64)
     rope = rotary_tables(mine.config, 7)
-    pairs = [(theirs.model.layers[0], mine.model.layers[0])]
-    for a, b in pairs:
-        position_embeddings = tuple(t[None] for t in rope)
+    for a, b in zip(theirs.model.layers, mine.model.layers, strict=True):
+        position_embeddings = theirs.model.rotary_emb(x, torch.arange(7)[None])
         expected, _ = a.self_attn(x, position_embeddings=position_embeddings, attention_mask=None)
         torch.testing.assert_close(b.self_attn(x, rope, None, causal=True), expected, **TOLERANCE)
         torch.testing.assert_close(b.mlp(x), a.mlp(x), **TOLERANCE)
@@ -158,12 +157,37 @@ def test_gradient_checkpointing_and_dropout(both):
     assert torch.equal(one, two), "and never outside it"
 
 
+@pytest.mark.parametrize("padding", [None, "left"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_attention_by_hand_is_torchs(causal, padding):
+    """The path that training with dropout takes on the CPU; almost no dropout, so that the two can be compared."""
+    q, k, v = (torch.randn(3, heads, 11, 8) for heads in (4, 2, 2))
+    mask = attention_mask(random_batch(padding=padding)[1], 11, causal=causal)
+    torch.manual_seed(0)
+    expected = ours.attend(q, k, v, mask, causal, 0.0)
+    torch.testing.assert_close(ours.attend(q, k, v, mask, causal, 1e-9), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("probability", [0.05, 0.3])
+def test_dropout_is_unbiased_and_independent(probability):
+    x = torch.full((200, 501), 2.0, requires_grad=True)
+    y = ours.dropout(x, probability, True)
+    kept = y != 0
+    assert kept.float().mean().item() == pytest.approx(1 - probability, abs=0.005)
+    torch.testing.assert_close(y[kept], torch.full_like(y[kept], 2 / (1 - probability)))
+    both = (kept[:, :-1] & kept[:, 1:]).float().mean().item()
+    assert both == pytest.approx((1 - probability) ** 2, abs=0.005), "neighbours are drawn apart"
+    y.sum().backward()
+    torch.testing.assert_close(x.grad, kept / (1 - probability))
+    assert ours.dropout(x, probability, False) is x
+
+
 # ---- each known bug, put back in, must make parity fail ----
 
 
 def interleaved(x, cos, sin):
-    even, odd = x[..., ::2], x[..., 1::2]
-    return x * cos + torch.stack([-odd, even], dim=-1).flatten(-2) * sin
+    cos, sin = (t[..., t.shape[-1] // 2 :].repeat_interleave(2, dim=-1) for t in (cos, sin))
+    return x * cos + torch.stack([-x[..., 1::2], x[..., ::2]], dim=-1).flatten(-2) * sin
 
 
 def test_known_bugs_break_parity(both, monkeypatch):
