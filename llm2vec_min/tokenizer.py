@@ -77,8 +77,8 @@ class Tokenizer:
     ) -> list[Encoded]:
         """Ids of `prefix + instruction + " " + text + suffix`, and which of them are the text's own.
 
-        A token belongs to the text when its characters overlap it, so neither special tokens nor the instruction or
-        the template are pooled, whatever the tokenizer merges at the seams.
+        A token belongs to the text when its characters overlap it, or the space before it. So neither special tokens nor
+        the instruction or the template are pooled, whatever the tokenizer merges at the seams.
 
         Args:
             max_length: tokens, everything included. The end of the text is cut, never what stands around it.
@@ -95,10 +95,11 @@ class Tokenizer:
             ids = np.array(encoding.ids, dtype=np.int64)
             starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
             inserted = np.array(encoding.special_tokens_mask, dtype=bool)
-            # Byte-level tokenizers trim spaces off the offsets: one for spaces alone starts where it ends, so that the
-            # end of the text has to count as inside.
-            stop = len(head) + len(text)
-            pooled = (ends > len(head)) & ((starts < stop) | (ends <= stop)) & ~inserted
+            # The space that joins instruction and text counts as the text's: most often both are one token, and where a
+            # tokenizer cannot merge them, the text alone would begin with such a token too. Byte-level tokenizers trim
+            # spaces off the offsets, so a token of spaces alone starts where it ends.
+            begin, stop = len(head) - head.endswith(" "), len(head) + len(text)
+            pooled = ((ends > begin) | (starts >= begin)) & ((starts < stop) | (ends <= stop)) & ~inserted
             if max_length is not None and len(ids) > max_length:
                 own = np.flatnonzero(pooled)
                 surplus = len(ids) - max_length

@@ -1,0 +1,267 @@
+"""A trained encoder as one folder of merged weights that transformers and sentence-transformers load, with equal vectors.
+
+    python -m llm2vec_min.export --model runs/simcse --output exported --dtype bfloat16
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import torch
+from tokenizers import Regex, Tokenizer, normalizers
+
+from .config import read_json, write_json
+from .encoder import DTYPES, LLM2VEC_CONFIG, LLM2Vec
+from .weights import save_checkpoint
+
+# sentence-transformers pools all tokens but those of a prompt. So instructions end with this marker, and where the
+# tokenizer begins texts with BOS, every other text gets the marker alone as its prompt. The exported tokenizer drops it at
+# either end of a string and reads it as a space elsewhere: a prompt by itself is BOS and the instruction, in front of a text
+# it is followed by a space, and what is left to pool is what `LLM2Vec.encode` pools.
+MARKER = "\x1f"
+PROBES = ("a", "The cat", " two", "1984", "🙂", "_", "\n")
+POOLING_NAMES = {"mean": "mean", "max": "max", "last": "lasttoken", "first": "cls", "weighted_mean": "weightedmean"}
+
+
+def export(
+    l2v: LLM2Vec,
+    output: str | Path,
+    *,
+    dtype: torch.dtype = torch.float32,
+    prompts: dict[str, str] | None = None,
+    normalize: bool = False,
+    sentence_transformers: bool = True,
+    max_shard_bytes: int = 5 * 10**9,
+    overwrite: bool = False,
+    scores: dict[str, float] | None = None,
+) -> None:
+    """Writes the folder, beside its place first, so that no half-written one is ever left.
+
+    Args:
+        dtype: of the stored weights.
+        prompts: instructions by name, such as {"query": "Retrieve similar texts:"}, for `encode(..., prompt_name="query")`.
+        normalize: sentence-transformers returns vectors of length 1.
+        sentence_transformers: also write what that library needs; False for this project and transformers alone.
+        scores: numbers for the model card, by data set.
+    Raises:
+        ValueError: the folder exists, or sentence-transformers could not give the same vectors, and why.
+    """
+    output = Path(output)
+    prompts = {"document": "", **(prompts or {})}
+    if sentence_transformers:
+        _refuse_unequal(l2v, prompts)
+    if output.exists() and (not overwrite or not (output / LLM2VEC_CONFIG).is_file()):
+        reason = "already exists; --overwrite replaces an export" if not overwrite else "exists and is no export"
+        raise ValueError(f"--output {output}: {reason}")
+    part = output.with_name(output.name + ".part")
+    shutil.rmtree(part, ignore_errors=True)
+    try:
+        part.mkdir(parents=True)
+        save_checkpoint(l2v.decoder, part, dtype, max_shard_bytes)
+        _write_config(l2v, part, dtype)
+        _write_tokenizer(l2v, part)
+        if sentence_transformers:
+            _write_sentence_transformers(l2v, part, prompts, normalize)
+        (part / "README.md").write_text(model_card(l2v, prompts, normalize, scores or {}), encoding="utf-8")
+        if output.exists():
+            shutil.rmtree(output)
+        os.replace(part, output)
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error})") from None
+    finally:
+        shutil.rmtree(part, ignore_errors=True)
+
+
+def _refuse_unequal(l2v: LLM2Vec, prompts: dict[str, str]) -> None:
+    """ValueError where sentence-transformers cannot pool the tokens that `LLM2Vec.encode` pools."""
+
+    def refuse(reason: str) -> None:
+        raise ValueError(
+            f"sentence-transformers would give other vectors: {reason}; "
+            "--no-sentence-transformers exports for this project and transformers alone"
+        )
+
+    if any(l2v.template):
+        refuse(f"it pools the chat template {l2v.template!r}")
+    if not l2v.tokenizer.encode(["a"])[0].pooled[-1]:
+        refuse("the tokenizer ends every text with a special token, which it pools")
+    if l2v.pooling == "weighted_mean" and (_begins_with_bos(l2v) or any(prompts.values())):
+        refuse("its weighted mean counts positions from the beginning, BOS and instruction included")
+    if _with_marker(l2v) is None and (_begins_with_bos(l2v) or any(prompts.values())):
+        refuse("its prompts cannot be told from the text with this tokenizer")
+    for prompt in filter(None, prompts.values()):
+        alone = l2v.tokenizer.encode([prompt.strip()])[0].ids
+        for text in PROBES:
+            (row,) = l2v.tokenizer.encode([text], instruction=prompt)
+            if len(row.ids) - row.pooled.sum() != len(alone) or list(row.ids[: len(alone)]) != list(alone):
+                refuse(f"the tokenizer reads the instruction {prompt!r} otherwise before a text than alone")
+
+
+def _begins_with_bos(l2v: LLM2Vec) -> bool:
+    return not l2v.tokenizer.encode(["a"])[0].pooled[0]
+
+
+def _write_config(l2v: LLM2Vec, folder: Path, dtype: torch.dtype) -> None:
+    config = l2v.decoder.config
+    window = config.sliding_window
+    if window is not None and l2v.max_length <= window:
+        window = None  # no text is long enough for it to matter, and some versions of transformers lose is_causal with it
+    name = {value: key for key, value in DTYPES.items()}[dtype]
+    # transformers >= 5.2 builds a bidirectional mask from this field, and from nothing else
+    changes = {"is_causal": l2v.causal, "sliding_window": window, "torch_dtype": name, "dtype": name}
+    write_json(folder / "config.json", config.to_dict() | changes | {"pad_token_id": l2v.tokenizer.pad_id})
+    write_json(
+        folder / LLM2VEC_CONFIG,
+        {
+            "causal": l2v.causal,
+            "pooling_mode": l2v.pooling,
+            "max_length": l2v.max_length,
+            "template": list(l2v.template),
+            "exported_from": l2v.base_model,
+        },
+    )
+
+
+def _with_marker(l2v: LLM2Vec) -> Tokenizer | None:
+    """The tokenizer that reads "marker + text" as the text; None if it cannot be had.
+
+    The marker at the beginning becomes nothing. Where the tokenizer puts a space before a text, unless there is one, but
+    only at the very first character (Metaspace), it becomes that space.
+    """
+    for metaspace in ([], [(f"^{MARKER}(?! )", " ")]):
+        tokenizer = Tokenizer.from_str(l2v.tokenizer.backend.to_str())
+        rules = [(f"{MARKER}\\z", ""), *metaspace, (f"^{MARKER}", ""), (MARKER, " ")]
+        steps = [normalizers.Replace(Regex(pattern), content) for pattern, content in rules]
+        tokenizer.normalizer = normalizers.Sequence([*steps, *filter(None, [tokenizer.normalizer])])
+        if all(tokenizer.encode(MARKER + text).ids == l2v.tokenizer.backend.encode(text).ids for text in PROBES):
+            return tokenizer
+    return None
+
+
+def _write_tokenizer(l2v: LLM2Vec, folder: Path) -> None:
+    (_with_marker(l2v) or l2v.tokenizer.backend).save(str(folder / "tokenizer.json"))
+    path = l2v.tokenizer.folder / "tokenizer_config.json"
+    before = read_json(path) if path.is_file() else {}
+    write_json(
+        folder / "tokenizer_config.json",
+        {
+            # not LlamaTokenizer: transformers 5 would rebuild that from the vocabulary, and drop the marker
+            "tokenizer_class": "PreTrainedTokenizerFast",
+            # no bos_token: tokenizer.json inserts BOS all the same, and sentence-transformers takes a named special
+            # token at the end of a prompt for one that the tokenizer appends, so that a prompt of BOS alone would be none
+            "eos_token": before.get("eos_token"),
+            "pad_token": l2v.tokenizer.backend.id_to_token(l2v.tokenizer.pad_id),
+            "padding_side": "left",
+            "model_max_length": l2v.max_length,
+            "clean_up_tokenization_spaces": False,
+            "model_input_names": ["input_ids", "attention_mask"],
+        },
+    )
+
+
+def _write_sentence_transformers(l2v: LLM2Vec, folder: Path, prompts: dict[str, str], normalize: bool) -> None:
+    modules = [("", "Transformer"), ("1_Pooling", "Pooling")] + [("2_Normalize", "Normalize")] * normalize
+    listed = [
+        {"idx": i, "name": str(i), "path": path, "type": f"sentence_transformers.models.{kind}"}
+        for i, (path, kind) in enumerate(modules)
+    ]
+    (folder / "modules.json").write_text(json.dumps(listed, indent=2) + "\n")
+    for path, _ in modules[1:]:
+        (folder / path).mkdir()
+    write_json(folder / "sentence_bert_config.json", {"max_seq_length": l2v.max_length, "do_lower_case": False})
+    pooling = {"word_embedding_dimension": l2v.decoder.config.hidden_size, "include_prompt": False}
+    for ours, theirs in POOLING_NAMES.items():
+        key = f"pooling_mode_{theirs}_token" + ("" if theirs in ("cls", "lasttoken") else "s")
+        pooling[key.replace("lasttoken_token", "lasttoken")] = ours == l2v.pooling
+    write_json(folder / "1_Pooling" / "config.json", pooling)
+    write_json(
+        folder / "config_sentence_transformers.json",
+        {
+            "prompts": {
+                name: prompt.strip() + MARKER if prompt or _begins_with_bos(l2v) else "" for name, prompt in prompts.items()
+            },
+            "default_prompt_name": "document" if _begins_with_bos(l2v) else None,
+            "similarity_fn_name": "cosine",
+        },
+    )
+
+
+def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: dict[str, float]) -> str:
+    """README.md of the exported folder: base model, recipe, how to load it."""
+    stages = []
+    for adapter in l2v.adapters:
+        path = adapter / "train_args.json"
+        if path.is_file():
+            arguments = read_json(path)
+            keys = ("stage", "steps", "batch_size", "max_length", "lr", "seed")
+            stages.append(", ".join(f"{key} {arguments.get(key)}" for key in keys))
+        else:
+            stages.append(adapter.name)
+    header = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+    if "/" in l2v.base_model and not Path(l2v.base_model).exists():
+        header.append(f"base_model: {l2v.base_model}")
+    lines = [
+        *header,
+        "tags: [llm2vec, sentence-transformers, feature-extraction]",
+        "---",
+        "",
+        f"# Text encoder made from {Path(l2v.base_model).name} with LLM2Vec",
+        "",
+        f"- Base model: {l2v.base_model}, all adapters merged",
+        f"- Attention: {'causal' if l2v.causal else 'bidirectional'}; pooling: {l2v.pooling}, over the text's own tokens; "
+        f"at most {l2v.max_length} tokens{'; vectors of length 1' if normalize else ''}",
+        *[f"- Adapter {i}: {stage}" for i, stage in enumerate(stages, 1)],
+        *[f"- Instruction `{name}`: {prompt}" for name, prompt in prompts.items() if prompt],
+        *[f"- {name}: {value:.2f}" for name, value in scores.items()],
+        "",
+        "```python",
+        "from sentence_transformers import SentenceTransformer   # needs transformers >= 5.2",
+        "",
+        'vectors = SentenceTransformer("this folder").encode(["a text", "another"])',
+        "```",
+        "",
+        "Method: LLM2Vec (arXiv 2404.05961). Made with llm2vec-min.",
+        "",
+    ]
+    return "\n".join(lines)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llm2vec_min.export", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
+    parser.add_argument("--adapter", nargs="+", default=[], help="PEFT folders or hub ids to merge on top, in order")
+    parser.add_argument("--output", required=True, help="folder to write")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the stored weights [float32]")
+    parser.add_argument("--prompt", nargs="+", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"')
+    parser.add_argument("--normalize", action="store_true", help="sentence-transformers returns vectors of length 1")
+    parser.add_argument("--sentence-transformers", action=argparse.BooleanOptionalAction, default=True,
+                        help="write what that library needs [on]")  # fmt: skip
+    parser.add_argument("--overwrite", action="store_true", help="replace an earlier export")
+    args = parser.parse_args(argv)
+    if wrong := [p for p in args.prompt if "=" not in p]:
+        raise ValueError(f"--prompt {wrong[0]!r}: expected NAME=INSTRUCTION")
+    l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, device="cpu", dtype=args.dtype)
+    export(
+        l2v,
+        args.output,
+        dtype=DTYPES[args.dtype],
+        prompts=dict(p.split("=", 1) for p in args.prompt),
+        normalize=args.normalize,
+        sentence_transformers=args.sentence_transformers,
+        overwrite=args.overwrite,
+    )
+    print(f"exported to {args.output}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"export: error: {error}", file=sys.stderr)
+        sys.exit(2)

@@ -1,0 +1,132 @@
+"""An exported folder gives the same vectors here, in transformers and in sentence-transformers."""
+
+import json
+
+import numpy as np
+import pytest
+import torch
+import transformers
+from conftest import TEXTS, make_reference, write_tokenizer
+from sentence_transformers import SentenceTransformer
+from test_weights import randomize
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min import export as export_module
+from llm2vec_min.export import export, main
+from llm2vec_min.lora import add_lora, merge_lora
+
+TOLERANCE = dict(rtol=1e-5, atol=1e-5)
+SOME = [text for text in TEXTS if text] + ["🙂 first", "1984", "_x"]
+INSTRUCTION = "Retrieve texts that mean the same:"
+
+
+def make(tmp_path, kind="llama-2", variant="llama", **options):
+    """An encoder over a random model and a tokenizer of a kind, with a merged random adapter."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    make_reference(variant, vocab_size=600).save_pretrained(folder)
+    write_tokenizer(folder, kind)
+    l2v = LLM2Vec.from_pretrained(folder, device="cpu", **options)
+    add_lora(l2v.decoder, r=4, alpha=4)
+    randomize(l2v.decoder)
+    merge_lora(l2v.decoder)
+    return l2v
+
+
+@pytest.mark.parametrize("kind", ["llama-2", "mistral", "llama-3", "smollm2"])
+@pytest.mark.parametrize("pooling", ["mean", "max", "last", "first"])
+def test_sentence_transformers(tmp_path, kind, pooling):
+    l2v = make(tmp_path, kind, pooling=pooling)
+    export(l2v, tmp_path / "out", prompts={"query": INSTRUCTION})
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    expected, told = l2v.encode(SOME), l2v.encode(SOME, INSTRUCTION)
+    for batch_size in (1, 3, 32):
+        np.testing.assert_allclose(theirs.encode(SOME, batch_size=batch_size), expected, **TOLERANCE)
+        np.testing.assert_allclose(theirs.encode(SOME, prompt_name="query", batch_size=batch_size), told, **TOLERANCE)
+    np.testing.assert_allclose(theirs.encode_query(SOME), told, **TOLERANCE)
+    np.testing.assert_allclose(theirs.encode_document(SOME), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("variant", ["llama", "mistral", "mistral-window", "qwen2", "llama-llama3-rope", "llama-tied"])
+@pytest.mark.parametrize("causal", [False, True])
+def test_transformers_and_this_project(tmp_path, variant, causal):
+    kind = "smollm2" if variant == "qwen2" else "llama-2"  # transformers forces a byte-level tokenizer on a Qwen2 model
+    l2v = make(tmp_path, kind, variant, causal=causal, max_length=64)
+    export(l2v, tmp_path / "out")
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    batch = tokenizer(SOME, return_tensors="pt", padding=True)
+    states = model(**batch).last_hidden_state
+    for row, mask, expected in zip(states, batch.attention_mask, l2v.encode(SOME, pooling=None), strict=True):
+        np.testing.assert_allclose(row[mask.bool()][len(expected) * -1 :].detach().numpy(), expected, rtol=1e-4, atol=1e-5)
+    again = LLM2Vec.from_pretrained(tmp_path / "out", device="cpu")
+    assert (again.causal, again.pooling, again.max_length) == (causal, "mean", 64)
+    np.testing.assert_allclose(again.encode(TEXTS), l2v.encode(TEXTS), **TOLERANCE)
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    np.testing.assert_allclose(theirs.encode(SOME), l2v.encode(SOME), **TOLERANCE)
+
+
+def test_normalize_length_and_similarity(tmp_path):
+    l2v = make(tmp_path, max_length=9)
+    export(l2v, tmp_path / "out", normalize=True)
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    assert theirs.max_seq_length == 9 and theirs.similarity_fn_name == "cosine"
+    np.testing.assert_allclose(theirs.encode(SOME), l2v.encode(SOME, normalize=True), **TOLERANCE)
+
+
+def test_shards_bfloat16_and_card(tmp_path):
+    l2v = make(tmp_path)
+    export(l2v, tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=50_000, scores={"STS-B dev": 71.5})
+    assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
+    model = transformers.AutoModel.from_pretrained(tmp_path / "out")
+    assert model.dtype == torch.bfloat16
+    half = LLM2Vec.from_pretrained(tmp_path / "out", device="cpu")
+    cosines = (half.encode(SOME, normalize=True) * l2v.encode(SOME, normalize=True)).sum(1)
+    assert cosines.min() > 0.999
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name") and "bidirectional" in card and "STS-B dev: 71.50" in card
+
+
+@pytest.mark.parametrize(
+    ("options", "change", "message"),
+    [
+        (dict(pooling="weighted_mean"), {}, "counts positions from the beginning"),
+        ({}, dict(template=("[INST] ", " [/INST]")), "it pools the chat template"),
+    ],
+)
+def test_refused_where_equality_is_impossible(tmp_path, options, change, message):
+    l2v = make(tmp_path, **options)
+    for name, value in change.items():
+        setattr(l2v, name, value)
+    with pytest.raises(ValueError, match=message):
+        export(l2v, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+    export(l2v, tmp_path / "out", sentence_transformers=False)
+    np.testing.assert_allclose(LLM2Vec.from_pretrained(tmp_path / "out").encode(SOME), l2v.encode(SOME), **TOLERANCE)
+
+
+def test_nothing_half_written(tmp_path, monkeypatch):
+    l2v = make(tmp_path)
+
+    def fail(*arguments):
+        raise OSError("no space left")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(export_module, "_write_tokenizer", fail)
+        with pytest.raises(ValueError, match="cannot be written .no space left"):
+            export(l2v, tmp_path / "out")
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
+    export(l2v, tmp_path / "out")
+    with pytest.raises(ValueError, match="already exists"):
+        export(l2v, tmp_path / "out")
+    with pytest.raises(ValueError, match="exists and is no export"):
+        export(l2v, tmp_path / "base", overwrite=True)
+
+
+def test_command(tmp_path, capsys):
+    make(tmp_path)
+    main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "out"), "--prompt", f"query={INSTRUCTION}"])
+    prompts = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())["prompts"]
+    assert prompts == {"document": "\x1f", "query": INSTRUCTION + "\x1f"}
+    with pytest.raises(ValueError, match="expected NAME=INSTRUCTION"):
+        main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", "query"])

@@ -1,0 +1,125 @@
+"""The shipped model and text: they load everywhere, and both stages improve the real thing."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import train
+import transformers
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min.config import PRESETS
+from llm2vec_min.data import iter_lines, pack_blocks, read_pairs
+from llm2vec_min.evaluation import sts_score
+from llm2vec_min.pretrain import next_token_loss
+from llm2vec_min.weights import load_language_model
+
+TINY = Path(PRESETS["tiny"].model)
+TEXT = TINY.parent / "text"
+PROMPT = "The capital of the country is"
+
+
+def test_assets_are_small_and_complete():
+    assert {p.name for p in TINY.iterdir()} >= {
+        "config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json", "README.md",
+    }  # fmt: skip
+    assert sum(p.stat().st_size for p in TINY.parent.rglob("*") if p.is_file()) < 20e6
+    scores, _, _ = read_pairs(TEXT / "similarity.tsv")
+    assert len(scores) >= 300 and set(scores) == {0, 1, 2, 3, 4, 5}
+    assert 1e6 < (TEXT / "train.txt").stat().st_size < 2e6
+
+
+def test_importing_reads_no_asset():
+    code = "import sys, builtins; o=open; builtins.open=lambda f,*a,**k: (_ for _ in ()).throw(SystemExit(str(f))) " \
+        "if 'assets' in str(f) else o(f,*a,**k); import llm2vec_min, train, embed"  # fmt: skip
+    assert subprocess.run([sys.executable, "-c", code], cwd=TINY.parent.parent.parent).returncode == 0
+
+
+def test_transformers_loads_it_as_it_is():
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(TINY, dtype=torch.float32)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(TINY)
+    mine = load_language_model(TINY)
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
+    ids = tokenizer(PROMPT, return_tensors="pt").input_ids
+    assert ids[0].tolist() == l2v.tokenizer.encode([PROMPT])[0].ids.tolist()
+    assert tokenizer.decode(ids[0], skip_special_tokens=True).strip() == PROMPT
+    torch.testing.assert_close(mine(ids, causal=True), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_any_text_encodes_and_the_underscore_stands_alone():
+    tokenizer = LLM2Vec.from_pretrained("tiny", device="cpu").tokenizer
+    for text in ("snake_case__name", "漢字 🙂 \x00 \u200b", "São Paulo 1984"):
+        ids = tokenizer.encode([text])[0].ids
+        assert tokenizer.backend.decode(ids.tolist()).strip() == text
+    ids = tokenizer.encode(["a_b__c"])[0].ids.tolist()
+    assert ids.count(tokenizer.mask_id()) == 3
+
+
+def test_it_is_pretrained():
+    """Far better than the uniform guess (8.3 nats) on text it was not trained on: the shipped pairs."""
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu", lm_head=True)
+    _, first, second = read_pairs(TEXT / "similarity.tsv")
+    blocks = torch.from_numpy(pack_blocks(l2v.tokenizer, first + second, 64)).long()
+    assert next_token_loss(load_language_model(TINY), blocks).item() < 5
+
+
+def test_both_stages_learn_in_a_few_steps(tmp_path, capsys):
+    quick = ["--device", "cpu", "--eval-every", "1000"]
+    train.main(["--stage", "mntp", "--steps", "25", "--output", str(tmp_path / "mntp"), *quick])
+    records = [json.loads(line) for line in open(tmp_path / "mntp" / "metrics.jsonl")]
+    held_out = [r["held_out_loss"] for r in records if "held_out_loss" in r]
+    assert held_out[-1] < held_out[0] - 0.3
+    accuracy = [r["held_out_accuracy"] for r in records if "held_out_accuracy" in r]
+    assert accuracy[-1] > accuracy[0]
+    train.main(["--stage", "simcse", "--steps", "25", "--model", str(tmp_path / "mntp"),
+                "--output", str(tmp_path / "simcse"), *quick])  # fmt: skip
+    losses = [r["loss"] for r in map(json.loads, open(tmp_path / "simcse" / "metrics.jsonl")) if "loss" in r]
+    assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
+    assert "predicts position" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
+def test_pretrain_refuses_to_replace_the_asset(overwrite):
+    before = (TINY / "model.safetensors").stat().st_mtime_ns
+    with pytest.raises(ValueError, match="the shipped model is not overwritten"):
+        train.main(["--stage", "pretrain", "--data", str(TEXT / "train.txt"), "--output", str(TINY), *overwrite])
+    assert (TINY / "model.safetensors").stat().st_mtime_ns == before
+
+
+def test_pretrain_makes_a_checkpoint(tmp_path):
+    (tmp_path / "text.txt").write_text("\n".join(list(iter_lines(TEXT / "train.txt"))[:3000]))
+    train.main(["--stage", "pretrain", "--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "new"),
+                "--steps", "30", "--warmup-steps", "5", "--batch-size", "8", "--max-length", "32", "--vocab-size", "512",
+                "--hidden-size", "32", "--intermediate-size", "48", "--num-hidden-layers", "2", "--num-attention-heads",
+                "2", "--num-key-value-heads", "1", "--device", "cpu"])  # fmt: skip
+    records = [json.loads(line) for line in open(tmp_path / "new" / "metrics.jsonl")]
+    held_out = [r["held_out_loss"] for r in records if "held_out_loss" in r]
+    assert held_out[-1] < held_out[0] - 0.3
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "new", dtype=torch.float32)
+    ids = transformers.AutoTokenizer.from_pretrained(tmp_path / "new")("a cat", return_tensors="pt").input_ids
+    mine = load_language_model(tmp_path / "new")
+    torch.testing.assert_close(mine(ids, causal=True), theirs(ids).logits, rtol=1e-4, atol=1e-4)
+    train.main(["--stage", "mntp", "--model", str(tmp_path / "new"), "--data", str(TEXT / "train.txt"), "--steps", "2",
+                "--max-length", "32", "--output", str(tmp_path / "mntp"), "--device", "cpu"])  # fmt: skip
+
+
+@pytest.mark.slow
+def test_the_ladder(tmp_path):
+    """The paper's shape, with the shipped defaults (about four minutes)."""
+    def score(model, **options):
+        return sts_score(LLM2Vec.from_pretrained(model, device="cpu", **options), TEXT / "similarity.tsv")
+
+    def stage(name, *flags):
+        train.main([*flags, "--output", str(tmp_path / name), "--device", "cpu"])
+        return score(tmp_path / name)
+
+    causal, untrained = score("tiny", causal=True), score("tiny")
+    mntp = stage("mntp", "--stage", "mntp")
+    simcse = stage("simcse", "--stage", "simcse", "--model", str(tmp_path / "mntp"))
+    baseline = stage("causal", "--stage", "simcse", "--causal")
+    print(f"causal {causal:.1f}, untrained {untrained:.1f}, mntp {mntp:.1f}, simcse {simcse:.1f}, baseline {baseline:.1f}")
+    assert untrained < causal and mntp > untrained and simcse > causal + 2 and simcse >= baseline
