@@ -65,6 +65,7 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     group = parser.add_argument_group("what")
     add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1) or simcse (stage 2)", default="mntp")
     add(group, "--model", "preset, hub id (owner/name@revision), folder, or an earlier stage's output", default="tiny")
+    add(group, "--adapter", "PEFT folders or hub ids to merge into it first, in order", nargs="+", default=[])
     add(group, "--preset", "take the recipe and chat template of this preset, for a local copy of its model")
     add(
         group,
@@ -208,6 +209,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
         read_pairs(args.eval)  # its mistakes now, not after the model has loaded
     l2v = LLM2Vec.from_pretrained(
         args.model,
+        adapters=args.adapter,
         causal=args.causal,
         pooling=args.pooling,
         dtype=args.dtype,

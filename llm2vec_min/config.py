@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 # What transformers assumes when config.json leaves a field out (its LlamaConfig, MistralConfig and Qwen2Config).
@@ -116,6 +116,7 @@ class Preset:
     mntp: dict = field(default_factory=dict)
     simcse: dict = field(default_factory=dict)
     template: tuple[str, str] = ("", "")  # around instruction and text when encoding; MNTP and SimCSE use none
+    adapters: tuple[str, ...] = ()  # hub ids to merge on top of `model`, in order
 
 
 # LLM2Vec sections 2.2 and D.1; the same for every model except where a preset says otherwise.
@@ -128,7 +129,9 @@ PAPER = {
     ),
 }  # fmt: skip
 BIG = dict(gradient_checkpointing=True)
+MISTRAL = BIG | dict(mask_probability=0.8, mask_style="all")
 CHAT = ("[INST] ", " [/INST]")
+LLAMA_3_CHAT = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
 PRESETS = {
     "tiny": Preset(
         str(Path(__file__).parent / "assets" / "tiny"),
@@ -141,20 +144,28 @@ PRESETS = {
         simcse=dict(steps=160, batch_size=24, max_length=32, lr=1e-4),
     ),
     "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B"),
-    "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", mntp=BIG, simcse=BIG, template=CHAT),
-    "mistral-7b": Preset(
-        "mistralai/Mistral-7B-Instruct-v0.2",
-        mntp=BIG | dict(mask_probability=0.8, mask_style="all"),
-        simcse=BIG,
-        template=CHAT,
-    ),
-    "llama-3-8b": Preset(
-        "meta-llama/Meta-Llama-3-8B-Instruct",
-        mntp=BIG,
-        simcse=BIG,
-        template=("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>"),
-    ),
+    "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", BIG, BIG, CHAT),
+    "mistral-7b": Preset("mistralai/Mistral-7B-Instruct-v0.2", MISTRAL, BIG, CHAT),
+    "llama-3-8b": Preset("meta-llama/Meta-Llama-3-8B-Instruct", BIG, BIG, LLAMA_3_CHAT),
+    "llama-3.1-8b": Preset("meta-llama/Llama-3.1-8B-Instruct", BIG, BIG, LLAMA_3_CHAT),
+    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B"),
+    "llama-3.2-3b": Preset("meta-llama/Llama-3.2-3B"),
+    "qwen2-1.5b": Preset("Qwen/Qwen2-1.5B"),
+    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B"),
+    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B", BIG, BIG),
 }
+
+# What the authors published: an MNTP adapter over each base, and two that go on top of it.
+for _short, _repo, _base in (
+    ("sheared-llama", "LLM2Vec-Sheared-LLaMA", "sheared-llama-1.3b"),
+    ("llama-2", "LLM2Vec-Llama-2-7b-chat-hf", "llama-2-7b"),
+    ("mistral", "LLM2Vec-Mistral-7B-Instruct-v2", "mistral-7b"),
+    ("llama-3", "LLM2Vec-Meta-Llama-3-8B-Instruct", "llama-3-8b"),
+):
+    _mntp = f"McGill-NLP/{_repo}-mntp"
+    PRESETS[f"llm2vec-{_short}-mntp"] = replace(PRESETS[_base], model=_mntp)
+    for _last in ("unsup-simcse", "supervised"):
+        PRESETS[f"llm2vec-{_short}-{_last}"] = replace(PRESETS[_base], model=_mntp, adapters=(f"{_mntp}-{_last}",))
 
 
 def read_json(path: str | Path) -> dict:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from .config import PRESETS, read_json, write_json
-from .hub import resolve
+from .hub import find_preset, resolve
 from .lora import merge_lora
 from .model import Decoder
 from .pooling import POOLING_MODES, pool
@@ -25,16 +25,33 @@ LLM2VEC_CONFIG = "llm2vec_config.json"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
+# The authors' llm2vec_config.json, which has the same fields, names two poolings otherwise.
+POOLING_ALIASES = {"eos_token": "last", "last_token": "last", "bos_token": "first"}
+
+
+def read_settings(folder: Path) -> dict:
+    """A folder's llm2vec_config.json, the authors' or this project's; empty if there is none."""
+    path = folder / LLM2VEC_CONFIG
+    settings = read_json(path) if path.is_file() else {}
+    if "pooling_mode" in settings:
+        settings["pooling_mode"] = POOLING_ALIASES.get(settings["pooling_mode"], settings["pooling_mode"])
+    return settings
+
+
 def find_chain(name: str | Path) -> tuple[str, list[Path], dict]:
     """What a name stands for: (base model, adapters to apply in order, settings of llm2vec_config.json).
 
     A run of this project lists its adapters, the earlier stages' first. A bare PEFT folder, as the authors publish
-    them, names its base, which may again be such a folder. Anything else is a base by itself.
+    them, names its base, which may again be such a folder. Their second adapters do not say that they stand on the first:
+    for these the preset does. Anything else is a base by itself.
     """
-    preset = PRESETS.get(str(name))
+    preset = find_preset(name)
+    if preset is not None and preset.adapters:
+        base, chain, settings = find_chain(preset.model)
+        folders = [resolve(adapter) for adapter in preset.adapters]
+        return base, chain + folders, settings | read_settings(folders[-1])
     folder = resolve(name)
-    path = folder / LLM2VEC_CONFIG
-    settings = read_json(path) if path.is_file() else {}
+    settings = read_settings(folder)
     if preset is not None:
         settings = {"template": list(preset.template)} | settings
     if "adapters" in settings:
@@ -43,10 +60,10 @@ def find_chain(name: str | Path) -> tuple[str, list[Path], dict]:
         base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
         if (folder / "config.json").is_file():
             base = read_json(folder / "config.json").get("_name_or_path") or base
-        if not base:
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: names no base_model_name_or_path")
-        base, adapters, before = find_chain(base)
-        return base, [*adapters, folder], before | settings
+        if not base or base == str(name):
+            raise ValueError(f"{folder}: an adapter that names no base model")
+        base, chain, before = find_chain(base)
+        return base, [*chain, folder], before | settings
     known = str(name) in PRESETS or not Path(name).is_dir()
     return str(name) if known else str(folder.resolve()), [], settings
 
@@ -113,7 +130,9 @@ class LLM2Vec(nn.Module):
             raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         device = pick_device(device)
         base, chain, settings = find_chain(name)
-        chain += [resolve(adapter) for adapter in adapters]
+        for adapter in adapters:
+            chain.append(resolve(adapter))
+            settings |= {k: v for k, v in read_settings(chain[-1]).items() if k in ("pooling_mode", "max_length")}
         try:
             base_folder = resolve(base)
         except ValueError as error:

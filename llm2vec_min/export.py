@@ -133,9 +133,9 @@ def _with_marker(l2v: LLM2Vec) -> Tokenizer | None:
     The marker at the beginning becomes nothing. Where the tokenizer puts a space before a text, unless there is one, but
     only at the very first character (Metaspace), it becomes that space.
     """
-    for metaspace in ([], [(f"^{MARKER}(?! )", " ")]):
+    for metaspace in ([], [(f"\\A{MARKER}(?! )", " ")]):
         tokenizer = Tokenizer.from_str(l2v.tokenizer.backend.to_str())
-        rules = [(f"{MARKER}\\z", ""), *metaspace, (f"^{MARKER}", ""), (MARKER, " ")]
+        rules = [(f"{MARKER}\\z", ""), *metaspace, (f"\\A{MARKER}", ""), (MARKER, " ")]
         steps = [normalizers.Replace(Regex(pattern), content) for pattern, content in rules]
         tokenizer.normalizer = normalizers.Sequence([*steps, *filter(None, [tokenizer.normalizer])])
         if all(tokenizer.encode(MARKER + text).ids == l2v.tokenizer.backend.encode(text).ids for text in PROBES):

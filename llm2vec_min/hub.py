@@ -44,7 +44,8 @@ def find_preset(name: str | Path) -> Preset | None:
     path = Path(name) / "llm2vec_config.json"
     if path.is_file():
         name = read_json(path).get("base_model_name_or_path", name)
-    return PRESETS.get(str(name)) or next((p for p in PRESETS.values() if p.model == str(name)), None)
+    name = str(name)
+    return PRESETS.get(name) or next((p for p in PRESETS.values() if name == (p.model, *p.adapters)[-1]), None)
 
 
 def download(name: str) -> Path:

@@ -128,6 +128,7 @@ def load_decoder(folder: str | Path, device="cpu", dtype: torch.dtype = torch.fl
     with torch.device("meta"):
         model = Decoder(ModelConfig.from_folder(folder))
     _load_into(model, folder, device, dtype, lambda key: None if key == "lm_head.weight" else key.removeprefix("model."))
+    model.source = str(folder)
     return model.requires_grad_(False).eval()
 
 
@@ -147,6 +148,7 @@ def load_language_model(folder: str | Path, device="cpu", dtype: torch.dtype = t
     _load_into(model, folder, device, dtype, rename)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
+    model.model.source = str(folder)
     return model.requires_grad_(False).eval()
 
 
@@ -265,7 +267,7 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     problems = _problems(missing, unexpected, wrong) or ("" if state else "it is empty")
     if problems:
         base = config.get("base_model_name_or_path")
-        raise ValueError(f"{folder}: the adapter (made for {base}) does not fit this model; {problems}")
+        raise ValueError(f"{folder}: the adapter (made for {base}) does not fit {decoder.source or 'this model'}; {problems}")
     add_lora(decoder, r, alpha, config.get("lora_dropout", 0.0), targets)
     decoder.load_state_dict({k: v.to(decoder.norm.weight.device) for k, v in state.items()}, strict=False, assign=True)
     decoder.requires_grad_(False)
