@@ -1,0 +1,96 @@
+"""Lets the `mteb` package (2.x) evaluate an encoder:
+
+    python -m llm2vec_min.mteb_adapter --model runs/simcse --tasks STS12 STSBenchmark SciFact --output results
+"""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from .config import read_json
+from .encoder import DTYPES, LLM2Vec
+
+
+class MTEBEncoder:
+    """An `LLM2Vec` with the methods that mteb calls (its EncoderProtocol).
+
+    Instructions: queries get the task's, documents none; where a task does not tell the two apart, every text gets it.
+
+    Args:
+        instructions: by task name, before mteb's own `task.metadata.prompt`. "" gives a task none.
+        batch_size: texts per forward pass.
+    """
+
+    def __init__(self, l2v: LLM2Vec, instructions: dict[str, str] | None = None, batch_size: int = 32):
+        from mteb.models.model_meta import ModelMeta
+
+        self.l2v, self.instructions, self.batch_size = l2v, instructions or {}, batch_size
+        # mteb names result folders after it, as owner/name
+        name = "/".join(["llm2vec-min", *Path(str(l2v.base_model)).parts[-1:]])
+        self.mteb_model_meta = ModelMeta.create_empty({"name": name})
+
+    def instruction(self, task_metadata, prompt_type=None) -> str:
+        """What to put before the texts of one side of a task."""
+        if prompt_type is not None and str(getattr(prompt_type, "value", prompt_type)) != "query":
+            return ""
+        if task_metadata.name in self.instructions:
+            return self.instructions[task_metadata.name]
+        prompt = task_metadata.prompt or ""
+        prompt = prompt.get("query", "") if isinstance(prompt, dict) else prompt
+        return prompt.strip() + ":" if prompt and prompt.strip()[-1] not in ":;" else prompt
+
+    def encode(self, inputs: DataLoader, *, task_metadata, prompt_type=None, **ignored) -> np.ndarray:
+        """(N, C) float32, normalised, for batches of {"text": [...]}."""
+        texts = [text for batch in inputs for text in batch["text"]]
+        instruction = self.instruction(task_metadata, prompt_type)
+        return self.l2v.encode(texts, instruction, batch_size=self.batch_size, normalize=True)
+
+    def similarity(self, a, b) -> Tensor:
+        """Cosine of every pair, (N, M)."""
+        from mteb.similarity_functions import cos_sim
+
+        return cos_sim(a, b)
+
+    def similarity_pairwise(self, a, b) -> Tensor:
+        """Cosine row by row, (N,)."""
+        from mteb.similarity_functions import pairwise_cos_sim
+
+        return pairwise_cos_sim(a, b)
+
+
+def main(argv: list[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m llm2vec_min.mteb_adapter", description=__doc__,
+                                     formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
+    parser.add_argument("--adapter", nargs="+", default=[], help="PEFT folders or hub ids to merge on top, in order")
+    parser.add_argument("--tasks", nargs="+", required=True, help="names of mteb tasks")
+    parser.add_argument("--instructions", metavar="FILE.json", help="task name -> instruction, before mteb's own")
+    parser.add_argument("--output", default="results", help="folder for mteb's results [results]")
+    parser.add_argument("--batch-size", type=int, default=32)
+    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
+    parser.add_argument("--device")
+    args = parser.parse_args(argv)
+    try:
+        import mteb
+    except ImportError:
+        raise ValueError('the mteb package is not installed: pip install "mteb>=2"') from None
+    l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, dtype=args.dtype, device=args.device)
+    encoder = MTEBEncoder(l2v, read_json(args.instructions) if args.instructions else None, args.batch_size)
+    tasks = mteb.get_tasks(tasks=args.tasks)
+    results = mteb.evaluate(encoder, tasks, cache=mteb.ResultCache(args.output))
+    for result in results.task_results:
+        print(f"{result.task_name}: {100 * result.get_score():.2f}")
+
+
+if __name__ == "__main__":
+    try:
+        main(sys.argv[1:])
+    except ValueError as error:
+        print(f"mteb_adapter: error: {error}", file=sys.stderr)
+        sys.exit(2)
