@@ -18,7 +18,7 @@ from llm2vec_min.config import PAPER, PRESETS, ModelConfig, write_json
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.encoder import DTYPES, LLM2Vec, pick_device
 from llm2vec_min.evaluation import sts_score
-from llm2vec_min.hub import find_preset
+from llm2vec_min.hub import DATASETS, find_preset, resolve_data
 from llm2vec_min.lora import add_lora
 from llm2vec_min.mntp import MASK_STYLES, train_mntp
 from llm2vec_min.model import LanguageModel, init_weights
@@ -70,7 +70,8 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     add(
         group,
         "--data",
-        "text files, one sentence or paragraph a line: .txt or .jsonl, plain, .gz or .xz; twice counts twice",
+        f"text, one sentence or paragraph a line: {', '.join(DATASETS)}, or files and folders of .txt, .jsonl (also .gz, .xz) "
+        "or .parquet; named twice, it counts twice",
         nargs="+",
         metavar="FILE",
         default=[str(ASSETS / "text" / "train.txt")] if is_tiny else [],
@@ -243,6 +244,7 @@ def main(argv: list[str]) -> None:
         args.dtype = "bfloat16" if pick_device(args.device).type == "cuda" else "float32"
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume")}
+    args.data = [str(path) for name in args.data for path in resolve_data(name)]
     print("in force: " + ", ".join(f"{name} {value}" for name, value in arguments.items()))
     (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, arguments)
     print(f"saved to {args.output}")

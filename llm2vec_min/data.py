@@ -15,13 +15,34 @@ from .tokenizer import Tokenizer
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
+def iter_parquet(path: Path) -> Iterator[str]:
+    """The strings of a .parquet file's column "text" or "sentence", read a batch at a time."""
+    try:
+        import pyarrow.parquet
+    except ImportError:
+        raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    try:
+        file = pyarrow.parquet.ParquetFile(path)
+        column = next((name for name in ("text", "sentence") if name in file.schema_arrow.names), None)
+        if column is None:
+            raise ValueError(f"{path}: columns are {file.schema_arrow.names}, expected one named text or sentence")
+        for batch in file.iter_batches(columns=[column]):
+            yield from (value or "" for value in batch.column(0).to_pylist())
+    except (OSError, pyarrow.ArrowException) as error:
+        raise ValueError(f"{path}: not a readable parquet file ({error})") from None
+
+
 def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
-    """The lines of a .txt or .jsonl file (field "text"), plain or compressed (.gz, .xz), stripped, empty ones left out.
+    """The lines of a .txt or .jsonl file (field "text"), plain or compressed (.gz, .xz), or of a .parquet file's column
+    "text", stripped, empty ones left out.
 
     Raises:
         ValueError: not a readable file of that kind; names the file and the line.
     """
     path = Path(path)
+    if path.suffix == ".parquet":
+        yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
+        return
     as_json = ".jsonl" in path.suffixes
     try:
         with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:

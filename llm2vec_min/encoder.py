@@ -246,6 +246,12 @@ class LLM2Vec(nn.Module):
 
     # ---- to disk ----
 
+    def save(self, output: str | Path, **options) -> None:
+        """One folder with merged weights for transformers and sentence-transformers too; see `export.export`."""
+        from .export import export  # around the encoder, not part of it
+
+        export(self, output, **options)
+
     def save_run(self, output: str | Path, stage: str) -> None:
         """Writes a stage's result: all but the base weights, so that the folder can be moved and loaded by its name.
 

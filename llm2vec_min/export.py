@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import argparse
+import copy
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ from tokenizers import Regex, Tokenizer, normalizers
 
 from .config import read_json, write_json
 from .encoder import DTYPES, LLM2VEC_CONFIG, LLM2Vec
+from .lora import LoRALinear, merge_lora
 from .weights import save_checkpoint
 
 # sentence-transformers pools all tokens but those of a prompt. So instructions end with this marker, and where the
@@ -62,7 +64,11 @@ def export(
     shutil.rmtree(part, ignore_errors=True)
     try:
         part.mkdir(parents=True)
-        save_checkpoint(l2v.decoder, part, dtype, max_shard_bytes)
+        decoder = l2v.decoder
+        if any(isinstance(module, LoRALinear) for module in decoder.modules()):
+            decoder = copy.deepcopy(decoder)
+            merge_lora(decoder)
+        save_checkpoint(decoder, part, dtype, max_shard_bytes)
         _write_config(l2v, part, dtype)
         _write_tokenizer(l2v, part)
         if sentence_transformers:

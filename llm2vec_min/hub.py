@@ -1,7 +1,8 @@
-"""A model's name to a local folder: presets, local folders, Hugging Face hub ids."""
+"""Names to local files: models (presets, folders, Hugging Face hub ids) and data sets."""
 
 from __future__ import annotations
 
+import fnmatch
 import re
 from pathlib import Path
 
@@ -17,8 +18,8 @@ FILES = (
     "llm2vec_config.json",
 )
 # Weights as transformers saves them. Repositories also hold others (consolidated.safetensors, onnx/) of the same size.
-SAFETENSORS = r"model(-\d+-of-\d+)?\.safetensors|model\.safetensors\.index\.json"
-PICKLES = r"pytorch_model(-\d+-of-\d+)?\.bin"
+SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")
+PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # taken only where there are no safetensors
 
 
 def resolve(name: str | Path) -> Path:
@@ -36,7 +37,8 @@ def resolve(name: str | Path) -> Path:
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
         what = "is a file, expected a folder" if folder.exists() else "is neither a folder nor a hub id (owner/name)"
         raise ValueError(f"model {str(name)!r} {what}; presets are {', '.join(PRESETS)}")
-    return download(str(name))
+    repo, _, revision = str(name).partition("@")
+    return fetch(repo, revision or None, "model", (*FILES, *SAFETENSORS))
 
 
 def find_preset(name: str | Path) -> Preset | None:
@@ -48,36 +50,67 @@ def find_preset(name: str | Path) -> Preset | None:
     return PRESETS.get(name) or next((p for p in PRESETS.values() if name == (p.model, *p.adapters)[-1]), None)
 
 
-def download(name: str) -> Path:
-    """The needed files of a hub repository, as a folder of huggingface_hub's cache."""
-    from huggingface_hub import HfApi, snapshot_download
+DATASETS = {  # name -> (hub data set, files): what the paper trains MNTP and SimCSE on
+    "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1/train-*.parquet"),
+    "wiki1m": ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt"),
+}
+TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz", ".parquet")
+
+
+def resolve_data(name: str | Path) -> list[Path]:
+    """The text files of a data set's name (downloaded on first use), a folder, or a file.
+
+    Raises:
+        ValueError: a folder without text files, or the hub's refusal.
+    """
+    path = Path(name).expanduser()
+    if str(name) in DATASETS and not path.exists():
+        repo, pattern = DATASETS[str(name)]
+        path = fetch(repo, None, "dataset", (pattern,))
+        return sorted(path.glob(pattern))
+    if path.is_dir():
+        files = sorted(p for p in path.rglob("*") if p.name.endswith(TEXT_SUFFIXES))
+        if not files:
+            raise ValueError(f"{path}: a folder without text files ({', '.join(TEXT_SUFFIXES)})")
+        return files
+    return [path]
+
+
+def fetch(repo: str, revision: str | None, kind: str, patterns: tuple[str, ...]) -> Path:
+    """The files of a hub repository that fit the patterns, as a folder of huggingface_hub's cache.
+
+    Args:
+        kind: "model" or "dataset".
+    """
+    from huggingface_hub import HfApi, constants, snapshot_download
     from huggingface_hub import errors as hub
 
-    repo, _, revision = name.partition("@")
-    revision = revision or None
+    where = dict(repo_id=repo, repo_type=kind, revision=revision)
+    page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     try:
-        try:
-            files = HfApi().list_repo_files(repo, revision=revision)
-        except (hub.OfflineModeIsEnabled, ConnectionError):
-            return Path(snapshot_download(repo, revision=revision, local_files_only=True))
-        weights = [f for f in files if re.fullmatch(SAFETENSORS, f)] or [f for f in files if re.fullmatch(PICKLES, f)]
-        wanted = [f for f in files if f in FILES] + weights
-        return Path(snapshot_download(repo, revision=revision, allow_patterns=wanted))
+        if constants.is_offline_mode():
+            return Path(snapshot_download(**where, allow_patterns=list(patterns), local_files_only=True))
+        files = HfApi().list_repo_files(**where)
+        if kind == "model" and not any(fnmatch.filter(files, pattern) for pattern in SAFETENSORS):
+            patterns += PICKLES
+        return Path(snapshot_download(**where, allow_patterns=list(patterns)))
     except hub.GatedRepoError:
         raise ValueError(
-            f"model {repo!r} is gated: accept its licence at https://huggingface.co/{repo}, "
-            "then log in with `hf auth login` or set HF_TOKEN"
+            f"{kind} {repo!r} is gated: accept its licence at {page}, then log in with `hf auth login` or set HF_TOKEN"
         ) from None
     except hub.RevisionNotFoundError:
-        raise ValueError(f"model {repo!r} has no revision {revision!r}") from None
+        raise ValueError(f"{kind} {repo!r} has no revision {revision!r}") from None
     except hub.RepositoryNotFoundError:
         raise ValueError(
-            f"model {repo!r} is neither a local folder nor a hub repository (a private one needs HF_TOKEN); "
+            f"{kind} {repo!r} is neither a local folder nor a hub repository (a private one needs HF_TOKEN); "
             f"presets are {', '.join(PRESETS)}"
         ) from None
-    except (hub.LocalEntryNotFoundError, hub.HfHubHTTPError, OSError) as error:
-        reason = (str(error).splitlines() or [type(error).__name__])[0]
+    except Exception as error:  # network errors come as those of whatever HTTP library huggingface_hub uses
+        try:  # no network, but downloaded before
+            return Path(snapshot_download(**where, allow_patterns=list(patterns), local_files_only=True))
+        except Exception:
+            reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"model {repo!r} could not be downloaded ({reason}); without a network, download it elsewhere with "
+            f"{kind} {repo!r} could not be downloaded ({reason}); without a network, download it elsewhere with "
             f"`hf download {repo}` and pass the folder"
         ) from None

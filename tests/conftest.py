@@ -53,9 +53,11 @@ VARIANTS = {
     "llama-mha": dict(num_key_value_heads=4),
     "llama-linear-rope": dict(rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=3.0)),
     "llama-llama3-rope": dict(rope_parameters=LLAMA3_ROPE),
+    "llama-3.2": dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),
     "mistral": dict(sliding_window=None),
     "mistral-window": dict(sliding_window=5),
     "qwen2": {},
+    "qwen2-tied": dict(tie_word_embeddings=True),
 }
 CLASSES = {
     "llama": (transformers.LlamaConfig, transformers.LlamaForCausalLM),

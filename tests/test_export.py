@@ -74,6 +74,15 @@ def test_normalize_length_and_similarity(tmp_path):
     np.testing.assert_allclose(theirs.encode(SOME), l2v.encode(SOME, normalize=True), **TOLERANCE)
 
 
+def test_save_merges_an_adapter_in_training(tmp_path):
+    l2v = make(tmp_path)
+    add_lora(l2v.decoder, r=2, alpha=2)
+    randomize(l2v.decoder, seed=5)
+    l2v.save(tmp_path / "out")
+    np.testing.assert_allclose(LLM2Vec.from_pretrained(tmp_path / "out").encode(SOME), l2v.encode(SOME), **TOLERANCE)
+    assert any("lora_" in name for name, _ in l2v.decoder.named_parameters()), "the one in training keeps its adapter"
+
+
 def test_shards_bfloat16_and_card(tmp_path):
     l2v = make(tmp_path)
     export(l2v, tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=50_000, scores={"STS-B dev": 71.5})

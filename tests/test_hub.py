@@ -1,11 +1,13 @@
 """Names to folders; what the hub refuses becomes one line that says what to do."""
 
+import fnmatch
 from types import SimpleNamespace
 
 import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
+from llm2vec_min import hub
 from llm2vec_min.config import PAPER, PRESETS, Preset
 from llm2vec_min.encoder import find_chain
 from llm2vec_min.hub import find_preset, resolve
@@ -43,11 +45,13 @@ def test_only_needed_files_are_downloaded(monkeypatch, tmp_path, only_bin):
     files = [f for f in FILES if not (only_bin and "safetensors" in f)]
     asked = {}
 
-    def snapshot(repo, revision, allow_patterns):
-        asked.update(repo=repo, revision=revision, files=set(allow_patterns))
+    def snapshot(repo_id, repo_type, revision, allow_patterns):
+        chosen = {f for f in files for pattern in allow_patterns if fnmatch.fnmatch(f, pattern)}
+        asked.update(repo=repo_id, revision=revision, files=chosen)
         return str(tmp_path)
 
-    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, repo, revision: files)
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", lambda self, **where: files)
     monkeypatch.setattr(huggingface_hub, "snapshot_download", snapshot)
     assert resolve("some/model@v2") == tmp_path
     weights = {"pytorch_model.bin"} if only_bin else {f for f in files if f.startswith("model")}
@@ -67,8 +71,10 @@ def refused(error):
     ],
 )
 def test_refusals(monkeypatch, error, message):
-    def refuse(self, repo, revision):
+    def refuse(self, **where):
         raise refused(error)
+
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: False)
 
     monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_files", refuse)
     with pytest.raises(ValueError, match=message):
@@ -78,6 +84,27 @@ def test_refusals(monkeypatch, error, message):
 def test_offline_and_not_cached():
     with pytest.raises(ValueError, match="could not be downloaded .*pass the folder"):
         resolve("some/model")
+
+
+def test_data_by_name_folder_and_file(monkeypatch, tmp_path):
+    def fetch(repo, revision, kind, patterns):
+        assert (repo, kind) == ("Salesforce/wikitext", "dataset")
+        folder = tmp_path / "wikitext-103-raw-v1"
+        folder.mkdir(exist_ok=True)
+        for i in (1, 0):
+            (folder / f"train-0000{i}-of-00002.parquet").touch()
+        (folder / "test-00000-of-00001.parquet").touch()
+        return tmp_path
+
+    monkeypatch.setattr(hub, "fetch", fetch)
+    assert [p.name for p in hub.resolve_data("wikitext-103")] == [f"train-0000{i}-of-00002.parquet" for i in (0, 1)]
+    (tmp_path / "texts").mkdir()
+    with pytest.raises(ValueError, match="a folder without text files"):
+        hub.resolve_data(tmp_path / "texts")
+    for name in ("b.txt", "a.jsonl.gz", "picture.png"):
+        (tmp_path / "texts" / name).touch()
+    assert [p.name for p in hub.resolve_data(tmp_path / "texts")] == ["a.jsonl.gz", "b.txt"]
+    assert hub.resolve_data("some.txt")[0].name == "some.txt"
 
 
 def test_presets_are_the_papers():

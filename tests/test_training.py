@@ -1,6 +1,7 @@
 """Schedule, loop, resume; both stages reproduce exactly and learn something."""
 
 import json
+import sys
 
 import numpy as np
 import pytest
@@ -164,6 +165,24 @@ def test_lines(tmp_path):
     assert list(iter_lines(paths[0], keep_empty=True)) == ["one", "", "two"]
     train, held = read_split([paths[0], paths[0], paths[1]], every=2)
     assert (train, held) == (["one", "one", "three"], ["two", "four"])
+
+
+def test_parquet(tmp_path, monkeypatch):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    for name, column in (("a", "text"), ("b", "sentence"), ("c", "words")):
+        parquet.write_table(pyarrow.table({column: ["one", "", " two "]}), tmp_path / f"{name}.parquet")
+    assert read_lines([tmp_path / "a.parquet", tmp_path / "b.parquet"]) == ["one", "two"] * 2
+    assert list(iter_lines(tmp_path / "a.parquet", keep_empty=True)) == ["one", "", "two"]
+    with pytest.raises(ValueError, match="columns are .'words'., expected one named text or sentence"):
+        read_lines([tmp_path / "c.parquet"])
+    (tmp_path / "d.parquet").write_bytes(b"nothing")
+    with pytest.raises(ValueError, match="d.parquet: not a readable parquet file"):
+        read_lines([tmp_path / "d.parquet"])
+    monkeypatch.setitem(sys.modules, "pyarrow.parquet", None)
+    with pytest.raises(ValueError, match="reading parquet needs pyarrow: pip install pyarrow"):
+        read_lines([tmp_path / "a.parquet"])
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,157 @@
+"""Downloads from a small server on 127.0.0.1 that speaks the hub's file protocol, each in a process of its own."""
+
+import hashlib
+import json
+import os
+import subprocess
+import sys
+import threading
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+import pytest
+import torch
+from conftest import make_reference, write_tokenizer
+
+ROOT = Path(__file__).parent.parent
+COMMITS = {"main": "1" * 40, "v2": "2" * 40}
+SCRIPT = """
+import sys
+from llm2vec_min import LLM2Vec
+try:
+    print("vector", LLM2Vec.from_pretrained(sys.argv[1], device="cpu").encode("the cat").sum())
+except ValueError as error:
+    print("error", error)
+"""
+
+
+class Hub(BaseHTTPRequestHandler):
+    """`repos`: name -> {file: bytes}; `log`: what was sent; `drop`: how many more downloads to cut in the middle."""
+
+    def do_HEAD(self):
+        self.answer(body=False)
+
+    def do_GET(self):
+        self.answer(body=True)
+
+    def answer(self, body: bool):
+        server, path = self.server, unquote(urlparse(self.path).path)
+        api, _, rest = path.removeprefix("/").partition("/") if path.startswith("/api/") else ("", "", path[1:])
+        parts = path.strip("/").split("/")
+        repo = "/".join(parts[2:4]) if api else "/".join(parts[:2])
+        if repo == "some/gated":
+            return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        if repo not in server.repos:
+            return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
+        files = server.repos[repo]
+        revision = parts[5] if api and len(parts) > 5 else "main" if api else parts[3]
+        commit = COMMITS.get(revision, revision if revision in COMMITS.values() else None)
+        if commit is None:
+            return self.send(404, b"{}", {"X-Error-Code": "RevisionNotFound"})
+        if api and "tree" in parts:
+            rows = [{"type": "file", "path": name, "size": len(data), "oid": "0" * 40} for name, data in files.items()]
+            return self.send(200, json.dumps(rows).encode())
+        if api:
+            info = {"id": repo, "sha": commit, "siblings": [{"rfilename": name} for name in files], "private": False,
+                    "gated": False, "disabled": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
+            return self.send(200, json.dumps(info).encode())
+        name = "/".join(parts[4:])
+        if name not in files:
+            return self.send(404, b"", {"X-Error-Code": "EntryNotFound"})
+        data = files[name]
+        headers = {"ETag": f'"{hashlib.sha256(data).hexdigest()}"', "X-Repo-Commit": commit, "Accept-Ranges": "bytes"}
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if body:
+            server.log.append((name, start))
+        drop = body and server.drop > 0 and name == "model.safetensors"
+        server.drop -= drop
+        if start:
+            headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
+        self.send(206 if start else 200, data[start:], headers, half=drop)
+
+    def send(self, status, content, headers=None, half=False):
+        self.send_response(status)
+        for key, value in ({"Content-Length": str(len(content)), "Content-Type": "application/json"} | (headers or {})).items():
+            self.send_header(key, value)
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(content[: len(content) // 2] if half else content)
+        if half:
+            self.close_connection = True
+
+    def log_message(self, *arguments):
+        pass
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("repo")
+    model = make_reference("llama", vocab_size=600)
+    model.save_pretrained(folder)
+    write_tokenizer(folder)
+    plain = {p.name: p.read_bytes() for p in folder.iterdir()} | {"consolidated.safetensors": b"x" * 10**6, "README.md": b"hi"}
+    torch.save(model.state_dict(), folder / "pytorch_model.bin")
+    pickled = {name: data for name, data in plain.items() if "safetensors" not in name}
+    return {"some/model": plain, "some/old": pickled | {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()}}
+
+
+@pytest.fixture
+def hub(files, tmp_path):
+    """A running server, and `ask(name, **environment)` -> what a fresh process prints."""
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
+    server.repos, server.log, server.drop = files, [], 0
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    fixed = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
+             "HF_HUB_DISABLE_PROGRESS_BARS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "*",
+             "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}  # fmt: skip
+
+    def ask(name, **environment):
+        done = subprocess.run(
+            [sys.executable, "-c", SCRIPT, name], cwd=ROOT, env=os.environ | fixed | environment, capture_output=True, text=True
+        )
+        assert "Traceback" not in done.stderr, done.stderr
+        return done.stdout.strip()
+
+    server.ask = ask
+    yield server
+    server.shutdown()
+    server.server_close()
+
+
+def test_fresh_cached_offline_and_gone(hub):
+    first = hub.ask("some/model")
+    assert first.startswith("vector")
+    sent = {name for name, _ in hub.log}
+    assert sent == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json"}, "needed files only"
+    hub.log.clear()
+    assert hub.ask("some/model") == first and not hub.log, "the second run downloads nothing"
+    assert hub.ask("some/model", HF_HUB_OFFLINE="1") == first
+    assert hub.ask("some/model", HF_ENDPOINT="http://127.0.0.1:9") == first, "no network, but cached"
+    assert "could not be downloaded" in hub.ask("some/old", HF_HUB_OFFLINE="1")
+
+
+@pytest.mark.parametrize(
+    ("name", "message"),
+    [
+        ("some/gated", "error model 'some/gated' is gated: accept its licence"),
+        ("some/nothing", "error model 'some/nothing' is neither a local folder nor a hub repository"),
+        ("some/model@v9", "error model 'some/model' has no revision 'v9'"),
+    ],
+)
+def test_refusals(hub, name, message):
+    assert hub.ask(name).startswith(message)
+
+
+def test_revision_and_pickles(hub):
+    assert hub.ask("some/model@v2").startswith("vector")
+    assert hub.ask("some/old") == hub.ask("some/model"), "pytorch_model.bin is converted"
+
+
+def test_dropped_connection(hub):
+    """Cut once, it resumes; cut always, it fails with one line and no truncated file is ever used."""
+    hub.drop = 1000
+    answer = hub.ask("some/model")
+    assert answer.startswith("error model 'some/model' could not be downloaded"), answer
+    hub.drop = 1
+    assert hub.ask("some/model").startswith("vector")
