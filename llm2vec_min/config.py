@@ -140,8 +140,8 @@ PRESETS = {
     ),
     "smollm2-135m": Preset(
         "HuggingFaceTB/SmolLM2-135M-Instruct",
-        mntp=dict(steps=350, batch_size=8, max_length=128, lr=5e-4),
-        simcse=dict(steps=160, batch_size=24, max_length=32, lr=1e-4),
+        mntp=dict(steps=350, batch_size=8, max_length=128, lr=1e-3, warmup_steps=20),
+        simcse=dict(steps=200, batch_size=32, max_length=32, lr=3e-4, warmup_steps=10),
     ),
     "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B"),
     "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", BIG, BIG, CHAT),

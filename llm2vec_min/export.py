@@ -253,6 +253,9 @@ def main(argv: list[str]) -> None:
     if wrong := [p for p in args.prompt if "=" not in p]:
         raise ValueError(f"--prompt {wrong[0]!r}: expected NAME=INSTRUCTION")
     l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, device="cpu", dtype=args.dtype)
+    metrics = Path(args.model) / "metrics.jsonl"  # a run's own: its last evaluation goes into the card
+    lines = metrics.read_text().splitlines() if metrics.is_file() and not args.adapter else []
+    spearman = [record["spearman"] for record in map(json.loads, lines) if "spearman" in record]
     export(
         l2v,
         args.output,
@@ -261,6 +264,7 @@ def main(argv: list[str]) -> None:
         normalize=args.normalize,
         sentence_transformers=args.sentence_transformers,
         overwrite=args.overwrite,
+        scores={"Spearman x 100 on the run's --eval pairs": spearman[-1]} if spearman else None,
     )
     print(f"exported to {args.output}")
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -75,6 +76,10 @@ def train_simcse(
         settings: `attention_dropout` and `lora_dropout` make the twins differ. With gradient accumulation, each
             forward pass has negatives of its own.
     """
+    needed = settings.steps * settings.batch_size * settings.gradient_accumulation
+    if len(sentences) > needed:  # do not tokenize a million sentences to use some
+        chosen = np.random.default_rng(settings.seed).permutation(len(sentences))[:needed]
+        sentences = [sentences[i] for i in chosen]
     encoded = tokenize(l2v, sentences, settings.max_length)
     lengths = [len(row.ids) for row in encoded]
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)

@@ -81,6 +81,15 @@ def test_embed_table_and_file(runs, files, capsys):
     assert not list(files.glob("*.part"))
 
 
+def test_adapter_flag(runs, model_folder, capsys):
+    """base + adapters by hand is what the run's folder stands for."""
+    tables = []
+    for argv in (["--model", str(runs[1])], ["--model", str(model_folder), "--adapter", *map(str, runs)]):
+        embed.main([*argv, "a cat", "a dog"])
+        tables.append(capsys.readouterr().out)
+    assert tables[0] == tables[1]
+
+
 def test_chunks_do_not_change_the_rows(runs, files, monkeypatch):
     (files / "many.txt").write_text("\n".join(TEXTS[:6] * 4))
     command = ["--model", str(runs[1]), "--input", str(files / "many.txt"), "--output"]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import re
 import subprocess
 import sys
 import threading
@@ -36,12 +37,14 @@ class Hub(BaseHTTPRequestHandler):
         self.answer(body=True)
 
     def answer(self, body: bool):
-        server, path = self.server, unquote(urlparse(self.path).path)
-        api, _, rest = path.removeprefix("/").partition("/") if path.startswith("/api/") else ("", "", path[1:])
+        server, path = self.server, unquote(urlparse(self.path).path).removeprefix("/datasets")
+        api = path.startswith("/api/")
         parts = path.strip("/").split("/")
         repo = "/".join(parts[2:4]) if api else "/".join(parts[:2])
         if repo == "some/gated":
             return self.send(403, b"{}", {"X-Error-Code": "GatedRepo"})
+        if repo == "some/private":
+            return self.send(401, b"{}", {"X-Error-Message": "Invalid username or password."})
         if repo not in server.repos:
             return self.send(404, b"{}", {"X-Error-Code": "RepoNotFound"})
         files = server.repos[repo]
@@ -93,7 +96,8 @@ def files(tmp_path_factory):
     plain = {p.name: p.read_bytes() for p in folder.iterdir()} | {"consolidated.safetensors": b"x" * 10**6, "README.md": b"hi"}
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     pickled = {name: data for name, data in plain.items() if "safetensors" not in name}
-    return {"some/model": plain, "some/old": pickled | {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()}}
+    sentences = {"wiki1m_for_simcse.txt": b"one sentence\nanother\n", "nli_for_simcse.csv": b"a,b\n"}
+    return {"princeton-nlp/datasets-for-simcse": sentences, "some/model": plain, "some/old": pickled | {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()}}
 
 
 @pytest.fixture
@@ -106,9 +110,9 @@ def hub(files, tmp_path):
              "HF_HUB_DISABLE_PROGRESS_BARS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "*",
              "HF_HUB_DISABLE_TELEMETRY": "1", "HF_TOKEN": ""}  # fmt: skip
 
-    def ask(name, **environment):
+    def ask(name, script=SCRIPT, **environment):
         done = subprocess.run(
-            [sys.executable, "-c", SCRIPT, name], cwd=ROOT, env=os.environ | fixed | environment, capture_output=True, text=True
+            [sys.executable, "-c", script, name], cwd=ROOT, env=os.environ | fixed | environment, capture_output=True, text=True
         )
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout.strip()
@@ -135,17 +139,25 @@ def test_fresh_cached_offline_and_gone(hub):
     ("name", "message"),
     [
         ("some/gated", "error model 'some/gated' is gated: accept its licence"),
+        ("some/private", "error model 'some/private' is neither a local folder nor a hub repository .a private one needs HF_"),
         ("some/nothing", "error model 'some/nothing' is neither a local folder nor a hub repository"),
         ("some/model@v9", "error model 'some/model' has no revision 'v9'"),
     ],
 )
 def test_refusals(hub, name, message):
-    assert hub.ask(name).startswith(message)
+    assert re.match(message, hub.ask(name))
 
 
 def test_revision_and_pickles(hub):
     assert hub.ask("some/model@v2").startswith("vector")
     assert hub.ask("some/old") == hub.ask("some/model"), "pytorch_model.bin is converted"
+
+
+def test_data_set_by_name(hub):
+    script = "from llm2vec_min.hub import resolve_data\nfrom llm2vec_min.data import read_lines\n" \
+        "print(read_lines(resolve_data('wiki1m')))"  # fmt: skip
+    assert hub.ask("", script=script) == "['one sentence', 'another']"
+    assert [name for name, _ in hub.log] == ["wiki1m_for_simcse.txt"]
 
 
 def test_dropped_connection(hub):

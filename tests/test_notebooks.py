@@ -1,0 +1,38 @@
+"""Every notebook runs from top to bottom, in time, and is committed executed."""
+
+import re
+import time
+from pathlib import Path
+
+import nbformat
+import pytest
+from nbclient import NotebookClient
+
+NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
+SECONDS, CODE_CELLS, BYTES = 90, 25, 400_000
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_committed_form(path):
+    notebook = nbformat.read(path, as_version=4)
+    nbformat.validate(notebook)
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    assert [cell.execution_count for cell in code] == list(range(1, len(code) + 1)), "run it from top to bottom and save"
+    assert len(code) <= CODE_CELLS and path.stat().st_size < BYTES
+    assert set(notebook.metadata) == {"kernelspec", "language_info"}, "no editor's metadata"
+    outputs = [output for cell in code for output in cell.outputs]
+    assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], "no errors, warnings, bars"
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    assert len(re.findall("<details>", prose)) == 3 and "**Exercise.**" in prose
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_runs(path):
+    notebook = nbformat.read(path, as_version=4)
+    started = time.monotonic()
+    NotebookClient(notebook, timeout=2 * SECONDS, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    assert time.monotonic() - started < SECONDS
+
+
+def test_the_series_is_complete():
+    assert [path.stem[:2] for path in NOTEBOOKS] == [f"{number:02}" for number in range(1, 10)]
