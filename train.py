@@ -183,7 +183,8 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict) 
     torch.manual_seed(args.seed)
     model = LanguageModel(config).to(device)
     init_weights(model)
-    blocks, held_out = (pack_blocks(tokenizer, lines, args.max_length) for lines in (train_lines, held_lines))
+    blocks = pack_blocks(tokenizer, train_lines, args.max_length, "--data")
+    held_out = pack_blocks(tokenizer, held_lines, args.max_length, "every 1000th line of --data, held out,")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {blocks.size:,} tokens to train on")
     bfloat16 = args.dtype == "bfloat16"
     loop = pretrain(
@@ -227,7 +228,8 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
 
     evaluate = (lambda: {"spearman": sts_score(l2v, args.eval)}) if args.eval else None
     if args.stage == "mntp":
-        blocks, held_out = (pack_blocks(l2v.tokenizer, lines, args.max_length) for lines in (train_lines, held_lines))
+        blocks = pack_blocks(l2v.tokenizer, train_lines, args.max_length, "--data")
+        held_out = pack_blocks(l2v.tokenizer, held_lines, args.max_length, "every 20th line of --data, held out,")
         output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
         loop = train_mntp(l2v, blocks, held_out[:64], settings, output, evaluate=evaluate, resume=args.resume)
     else:

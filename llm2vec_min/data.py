@@ -101,20 +101,22 @@ def read_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
     return np.array(scores), first, second
 
 
-def pack_blocks(tokenizer: Tokenizer, lines: list[str], block_size: int) -> np.ndarray:
+def pack_blocks(tokenizer: Tokenizer, lines: list[str], block_size: int, what: str = "the text") -> np.ndarray:
     """Lines as blocks of equal length, (N, block_size) int32: each line tokenized with its special tokens, all ids
     in one row, cut; no document mask, no position reset, the remainder dropped (as the authors train MNTP).
 
+    Args:
+        what: the text's name in the error.
     Raises:
         ValueError: the text does not fill one block.
     """
-    pieces = []
+    pieces = [np.zeros(0, dtype=np.int32)]
     for start in range(0, len(lines), 10_000):
         for encoding in tokenizer.backend.encode_batch_fast(lines[start : start + 10_000]):
             pieces.append(np.array(encoding.ids, dtype=np.int32))
     ids = np.concatenate(pieces)
     if len(ids) < block_size:
-        raise ValueError(f"the text has {len(ids)} tokens, at least one block of {block_size} is needed")
+        raise ValueError(f"{what} has {len(ids)} tokens, at least one block of {block_size} is needed")
     return ids[: len(ids) // block_size * block_size].reshape(-1, block_size)
 
 
@@ -130,6 +132,10 @@ def batches(count: int, batch_size: int, seed: int, start: int = 0, lengths=None
     per_epoch = count // batch_size
     if per_epoch == 0:
         raise ValueError(f"the data has {count} examples, fewer than one batch of {batch_size}")
+    return _batches(count, batch_size, per_epoch, seed, start, lengths)
+
+
+def _batches(count, batch_size, per_epoch, seed, start, lengths) -> Iterator[np.ndarray]:
     epoch, skip = divmod(start, per_epoch)
     while True:
         rng = np.random.default_rng([seed, epoch])

@@ -97,6 +97,8 @@ class LLM2Vec(nn.Module):
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling is {pooling!r}, expected one of {', '.join(POOLING_MODES)}")
         self.decoder, self.tokenizer = decoder, tokenizer
+        if tokenizer.pad_id >= decoder.config.vocab_size:  # a padding token that was added without an embedding
+            tokenizer.pad_id = 0
         self.causal, self.pooling, self.max_length, self.template = causal, pooling, max_length, tuple(template)
         self.base_model, self.adapters = base_model, list(adapters or [])
         self.lm_head: nn.Linear | None = None

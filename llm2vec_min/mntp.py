@@ -105,7 +105,7 @@ def masking(l2v: LLM2Vec, settings: Settings) -> dict:
     return dict(
         mask_id=l2v.tokenizer.mask_id(),
         special_ids=l2v.tokenizer.special_ids,
-        vocab_size=l2v.tokenizer.backend.get_vocab_size(),
+        vocab_size=min(l2v.tokenizer.backend.get_vocab_size(), l2v.decoder.config.vocab_size),
         probability=settings.mask_probability,
         style=settings.mask_style,
     )

@@ -126,6 +126,8 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--data", "nowhere.txt"], "nowhere.txt: not a readable text file"),
         (["--eval", "nowhere.tsv"], "nowhere.tsv: not a readable text file"),
         (["--device", "cuda:9"], "device 'cuda:9' is not available"),
+        (["--max-length", "4000"], "every 20th line of --data, held out, has .* tokens, at least one block of 4000"),
+        (["--stage", "simcse", "--batch-size", "5000"], "the data has 180 examples, fewer than one batch of 5000"),
         (["--preset", "gpt"], "--preset is 'gpt', expected one of"),
         (["--resume"], "holds no checkpoint of an unfinished run"),
         (["--output", "{runs}"], "already holds files; --overwrite starts anew"),
