@@ -27,7 +27,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to compare with each other")
     parser.add_argument("--model", default="tiny",
                         help=f"a run's output folder, a checkpoint folder, a hub id or a preset ({', '.join(PRESETS)}) [tiny]")  # fmt: skip
-    parser.add_argument("--adapter", nargs="+", default=[], help="PEFT folders or hub ids to merge on top, in order")
+    parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
+                        help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
     parser.add_argument("--input", metavar="FILE", help='.txt (a text a line) or .jsonl (field "text"), also .gz, .xz')
     parser.add_argument("--output", metavar="X.npy", help="where to write the (N, C) float32 array; row i is line i")
     parser.add_argument("--instruction", help='put before each text and not pooled, such as "Retrieve similar texts:"')

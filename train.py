@@ -65,7 +65,8 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     group = parser.add_argument_group("what")
     add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1) or simcse (stage 2)", default="mntp")
     add(group, "--model", "preset, hub id (owner/name@revision), folder, or an earlier stage's output", default="tiny")
-    add(group, "--adapter", "PEFT folders or hub ids to merge into it first, in order", nargs="+", default=[])
+    add(group, "--adapter", "PEFT folder or hub id to merge into it first; give it again for the next", action="append",
+        default=[], metavar="DIR")  # fmt: skip
     add(group, "--preset", "take the recipe and chat template of this preset, for a local copy of its model")
     add(
         group,

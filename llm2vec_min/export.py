@@ -241,7 +241,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llm2vec_min.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
-    parser.add_argument("--adapter", nargs="+", default=[], help="PEFT folders or hub ids to merge on top, in order")
+    parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
+                        help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the stored weights [float32]")
     parser.add_argument("--prompt", nargs="+", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"')

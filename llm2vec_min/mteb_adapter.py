@@ -68,7 +68,8 @@ def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llm2vec_min.mteb_adapter", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
-    parser.add_argument("--adapter", nargs="+", default=[], help="PEFT folders or hub ids to merge on top, in order")
+    parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
+                        help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
     parser.add_argument("--tasks", nargs="+", required=True, help="names of mteb tasks")
     parser.add_argument("--instructions", metavar="FILE.json", help="task name -> instruction, before mteb's own")
     parser.add_argument("--output", default="results", help="folder for mteb's results [results]")

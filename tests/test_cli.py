@@ -84,7 +84,7 @@ def test_embed_table_and_file(runs, files, capsys):
 def test_adapter_flag(runs, model_folder, capsys):
     """base + adapters by hand is what the run's folder stands for."""
     tables = []
-    for argv in (["--model", str(runs[1])], ["--model", str(model_folder), "--adapter", *map(str, runs)]):
+    for argv in (["--model", str(runs[1])], ["--model", str(model_folder), "--adapter", str(runs[0]), "--adapter", str(runs[1])]):
         embed.main([*argv, "a cat", "a dog"])
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1]
@@ -126,7 +126,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--data", "nowhere.txt"], "nowhere.txt: not a readable text file"),
         (["--eval", "nowhere.tsv"], "nowhere.tsv: not a readable text file"),
         (["--device", "cuda:9"], "device 'cuda:9' is not available"),
-        (["--max-length", "4000"], "every 20th line of --data, held out, has .* tokens, at least one block of 4000"),
+        (["--max-length", "1500"], "every 20th line of --data, held out, has .* tokens, at least one block of 1500"),
         (["--stage", "simcse", "--batch-size", "5000"], "the data has 180 examples, fewer than one batch of 5000"),
         (["--preset", "gpt"], "--preset is 'gpt', expected one of"),
         (["--resume"], "holds no checkpoint of an unfinished run"),

@@ -1,0 +1,57 @@
+"""How the loss of the mask adds up with depth: Spearman x 100 of each layer's states, causal and bidirectional, untrained.
+
+    python tests/benchmarks/depth.py --model tiny
+"""
+
+import argparse
+import sys
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+
+ROOT = Path(__file__).parent.parent.parent
+sys.path.insert(0, str(ROOT))
+from llm2vec_min import LLM2Vec
+from llm2vec_min.data import read_pairs
+from llm2vec_min.encoder import sorted_batches
+from llm2vec_min.evaluation import spearman
+from llm2vec_min.pooling import pool
+
+PAIRS = ROOT / "llm2vec_min" / "assets" / "text" / "similarity.tsv"
+
+
+@torch.no_grad()
+def layer_scores(model: str, causal: bool) -> list[float]:
+    """Of what enters each layer (the embeddings first) and of the final states; mean pooling, shipped pairs."""
+    l2v = LLM2Vec.from_pretrained(model, causal=causal)
+    gold, first, second = read_pairs(PAIRS)
+    texts = list(dict.fromkeys(first + second))
+    row = {text: i for i, text in enumerate(texts)}
+    encoded = l2v.tokenize(texts)
+    layers = l2v.decoder.config.num_hidden_layers + 1
+    vectors = torch.zeros(layers, len(texts), l2v.decoder.config.hidden_size)
+    for rows in sorted_batches([len(e.ids) for e in encoded], 32, 1024):
+        batch = l2v.tokenizer.collate([encoded[i] for i in rows], l2v.device)
+        states = l2v.decoder(batch.input_ids, batch.padding_mask, causal=causal, all_layers=True)
+        for layer, state in enumerate(states):
+            vectors[layer, rows] = pool(state, batch.pool_mask).cpu()
+    scores = []
+    for layer in F.normalize(vectors, dim=-1).numpy():
+        cosines = np.einsum("nc,nc->n", layer[[row[t] for t in first]], layer[[row[t] for t in second]])
+        scores.append(100 * spearman(cosines, gold))
+    return scores
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tiny")
+    args = parser.parse_args()
+    print(f"{'layer':>5} {'causal':>8} {'both ways':>10}")
+    for layer, scores in enumerate(zip(layer_scores(args.model, True), layer_scores(args.model, False), strict=True)):
+        print(f"{layer:>5} {scores[0]:>8.1f} {scores[1]:>10.1f}")
+
+
+if __name__ == "__main__":
+    main()
