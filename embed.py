@@ -7,12 +7,12 @@
 import argparse
 import itertools
 import os
-import sys
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from llm2vec_min.cli import refuse, run
 from llm2vec_min.config import PRESETS
 from llm2vec_min.data import iter_lines
 from llm2vec_min.encoder import DTYPES, LLM2Vec
@@ -40,11 +40,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights [float32]")
     parser.add_argument("--device", help="cpu, cuda, mps [the first GPU if there is one]")
     return parser
-
-
-def refuse(message: str) -> None:
-    """argparse's complaint as the one line that every other mistake gets."""
-    raise ValueError(message)
 
 
 def print_table(l2v: LLM2Vec, args: argparse.Namespace) -> None:
@@ -109,8 +104,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"embed.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

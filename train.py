@@ -8,12 +8,12 @@
 """
 
 import argparse
-import sys
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
+from llm2vec_min.cli import refuse, run
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig, write_json
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.encoder import DTYPES, LLM2Vec, pick_device
@@ -130,11 +130,6 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     ):
         add(group, flag, flag.removeprefix("--").replace("-", " "), type=int, default=value)
     return parser
-
-
-def refuse(message: str) -> None:
-    """argparse's complaint as the one line that every other mistake gets."""
-    raise ValueError(message)
 
 
 def check(args: argparse.Namespace) -> None:
@@ -254,11 +249,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"train.py: error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; with --save-every set, the same command with --resume continues", file=sys.stderr)
-        sys.exit(130)
+    run(main)

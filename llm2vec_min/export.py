@@ -10,12 +10,12 @@ import copy
 import json
 import os
 import shutil
-import sys
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers
 
+from .cli import refuse, run
 from .config import read_json, write_json
 from .encoder import DTYPES, LLM2VEC_CONFIG, LLM2Vec
 from .lora import LoRALinear, merge_lora
@@ -240,6 +240,7 @@ def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: d
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llm2vec_min.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = refuse
     parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
                         help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
@@ -271,8 +272,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"export: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)

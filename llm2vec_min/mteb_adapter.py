@@ -6,13 +6,13 @@
 from __future__ import annotations
 
 import argparse
-import sys
 from pathlib import Path
 
 import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
+from .cli import refuse, run
 from .config import read_json
 from .encoder import DTYPES, LLM2Vec
 
@@ -67,6 +67,7 @@ class MTEBEncoder:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llm2vec_min.mteb_adapter", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
+    parser.error = refuse
     parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
                         help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
@@ -90,8 +91,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except ValueError as error:
-        print(f"mteb_adapter: error: {error}", file=sys.stderr)
-        sys.exit(2)
+    run(main)
