@@ -264,7 +264,9 @@ class LLM2Vec(nn.Module):
         for number, adapter in enumerate(self.adapters):
             target = output / "adapters" / str(number)
             target.mkdir(parents=True, exist_ok=True)
-            for file in (ADAPTER, ADAPTER_CONFIG):
+            for file in (ADAPTER, ADAPTER_CONFIG, "train_args.json"):
+                if not (adapter / file).is_file():  # an adapter of others comes without its arguments
+                    continue
                 shutil.copyfile(adapter / file, target / (file + ".part"))
                 os.replace(target / (file + ".part"), target / file)
             names.append(f"adapters/{number}")

@@ -11,7 +11,7 @@ import pytest
 import train
 from conftest import TEXTS
 
-from llm2vec_min import LLM2Vec
+from llm2vec_min import LLM2Vec, export
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "3", "--batch-size", "4", "--device", "cpu"]
@@ -79,6 +79,13 @@ def test_embed_table_and_file(runs, files, capsys):
                     "--instruction", "Find:", "--normalize", "--batch-size", "4"])  # fmt: skip
         np.testing.assert_allclose(np.load(files / "x.npy"), expected, rtol=1e-4, atol=1e-4)
     assert not list(files.glob("*.part"))
+
+
+def test_exported_card_tells_the_stages_and_score(runs, tmp_path):
+    export.main(["--model", str(runs[1]), "--output", str(tmp_path / "out")])
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert "Adapter 1: stage mntp, steps 3" in card and "Adapter 2: stage simcse, steps 3" in card
+    assert "Spearman x 100 on the run's --eval pairs: " in card
 
 
 def test_adapter_flag(runs, model_folder, capsys):

@@ -35,6 +35,9 @@ def theirs(folder: str, output: str) -> None:
             vectors[f"{mode}/{name}"] = l2v.encode(items, batch_size=3, show_progress_bar=False, device="cpu").numpy()
             one = [l2v.encode([item], batch_size=1, show_progress_bar=False, device="cpu").numpy() for item in items]
             vectors[f"{mode}/{name}/one"] = np.concatenate(one)
+    l2v = LLM2Vec.from_pretrained(folder, pooling_mode="mean", max_length=64, doc_max_length=64, torch_dtype=torch.float32)
+    l2v.model.config._name_or_path = "meta-llama/Llama-2-7b-chat-hf"  # that is what the library goes by
+    vectors["template"] = l2v.encode(TEXTS, batch_size=3, show_progress_bar=False, device="cpu").numpy()
     np.savez(output, **vectors)
 
 
@@ -84,6 +87,14 @@ def compare(python: str) -> dict[str, float]:
                 for batch, suffix in (("batch of 3", ""), ("one by one", "/one")):
                     difference = np.abs(their[f"{mode.strip()}/{name}{suffix}"] - vectors).max()
                     differences[f"{mode.strip():<14} {label:<22} {name:<12} {batch}"] = float(difference)
+        l2v.template = ("[INST] ", " [/INST]")
+        difference = np.abs(their["template"] - l2v.encode(TEXTS, pooling="mean")).max()
+        differences[f"{'mean':<14} {'mean':<22} {'template':<12} batch of 3"] = float(difference)
+        l2v.template = ("", "")
+        before = len(l2v.encode(["[INST]"], pooling=None)[0])  # tokens in front of the text, BOS not counted
+        states = [l2v.encode([f"[INST] {text} [/INST]"], pooling=None)[0][before:] for text in TEXTS]
+        difference = np.abs(their["template"] - np.stack([s.mean(0) for s in states])).max()
+        differences[f"{'mean':<14} {'mean, suffix too':<22} {'template':<12} batch of 3"] = float(difference)
     return differences
 
 
