@@ -1,5 +1,7 @@
 """SmolLM2-135M, a real pretrained Llama (see build_smollm2.py): ours equals transformers there too."""
 
+import copy
+
 import pytest
 import torch
 from build_smollm2 import FOLDER
@@ -30,8 +32,11 @@ def test_logits(pair, causal, texts):
     real = batch.attention_mask.bool()
     expected = run_reference(theirs, batch.input_ids, batch.attention_mask, causal=causal).logits[real]
     logits = mine(batch.input_ids, None if real.all() else real, causal=causal)[real]
-    # logits of a trained model reach 30: the tolerance is relative to that
-    torch.testing.assert_close(logits / expected.abs().max(), expected / expected.abs().max(), rtol=1e-5, atol=1e-5)
+    # After 30 layers float32 itself is good to about 1e-5 of the largest logit: ours may be no farther from float64
+    # than twice transformers' own distance.
+    exact = run_reference(copy.deepcopy(theirs).double(), batch.input_ids, batch.attention_mask, causal=causal).logits[real]
+    distance, their_distance = ((x - exact).abs().max() / exact.abs().max() for x in (logits, expected))
+    assert distance < max(1e-5, 2 * their_distance) and distance < 1e-4
 
 
 def test_ids(pair):
