@@ -106,7 +106,7 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
     add(group, "--mask-style", "mntp: bert = 80 % mask, 10 % random, 10 % kept; all = all masked", choices=MASK_STYLES)
     add(group, "--attention-dropout", "simcse: on attention probabilities, the noise between twins", type=float)
     add(group, "--temperature", "simcse: divides the cosines", type=float)
-    add(group, "--pooling", "token states to one vector", choices=POOLING_MODES)
+    add(group, "--pooling", "token states to one vector [the model's own, mean]", choices=POOLING_MODES)
     add(group, "--causal", "simcse: keep the causal mask (the baseline)", action="store_true", default=False)
 
     group = parser.add_argument_group("machine")
@@ -208,7 +208,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
     l2v = LLM2Vec.from_pretrained(
         args.model,
         adapters=args.adapter,
-        causal=args.causal,
+        causal=args.causal or None,  # without the flag an earlier stage keeps its direction
         pooling=args.pooling,
         dtype=args.dtype,
         device=args.device,

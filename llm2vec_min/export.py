@@ -57,7 +57,9 @@ def export(
     prompts = {"document": "", **(prompts or {})}
     if sentence_transformers:
         _refuse_unequal(l2v, prompts)
-    if output.exists() and (not overwrite or not (output / LLM2VEC_CONFIG).is_file()):
+    # a run's folder has that file too, but holds what cannot be made again
+    is_export = (output / LLM2VEC_CONFIG).is_file() and "exported_from" in read_json(output / LLM2VEC_CONFIG)
+    if output.exists() and not (overwrite and is_export):
         reason = "already exists; --overwrite replaces an export" if not overwrite else "exists and is no export"
         raise ValueError(f"--output {output}: {reason}")
     part = output.with_name(output.name + ".part")

@@ -50,7 +50,6 @@ class Tokenizer:
         config = read_json(config_path) if config_path.is_file() else {}
         bos, eos, pad = (self._token(config.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
         self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
-        self.eos_id = None if eos is None else self.backend.token_to_id(eos)
         # Padding is masked out everywhere, so any id will do where the tokenizer names none.
         self.pad_id = self.backend.token_to_id(pad or eos or bos or "") or 0
 

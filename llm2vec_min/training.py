@@ -44,8 +44,6 @@ class Settings:
     mask_style: str = "bert"
     attention_dropout: float = 0.3
     temperature: float = 0.05  # cosine / temperature; 0.05 is the paper's scale of 20
-    pooling: str = "mean"
-    causal: bool = False
     gradient_checkpointing: bool = False
     seed: int = 0
     eval_every: int = 0  # steps; 0: a quarter of the run

@@ -56,6 +56,10 @@ def test_causal_baseline_remembers_its_direction(files, model_folder):
     train.main(["--stage", "simcse", "--causal", "--model", str(model_folder), "--data", str(files / "text.txt"),
                 "--output", str(output), *QUICK])  # fmt: skip
     assert LLM2Vec.from_pretrained(output).causal is True
+    train.main(["--stage", "simcse", "--model", str(output), "--data", str(files / "text.txt"), "--pooling", "max",
+                "--output", str(files / "causal-2"), *QUICK])  # fmt: skip
+    again = LLM2Vec.from_pretrained(files / "causal-2")
+    assert again.causal is True and again.pooling == "max", "a stage on top keeps the direction"
 
 
 def test_examples_are_printed(files, model_folder, capsys):

@@ -128,8 +128,14 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     export(l2v, tmp_path / "out")
     with pytest.raises(ValueError, match="already exists"):
         export(l2v, tmp_path / "out")
-    with pytest.raises(ValueError, match="exists and is no export"):
-        export(l2v, tmp_path / "base", overwrite=True)
+    export(l2v, tmp_path / "out", overwrite=True)
+    add_lora(l2v.decoder, r=2)
+    (tmp_path / "run").mkdir()
+    l2v.save_run(tmp_path / "run", "simcse")
+    for precious in ("base", "run"):
+        with pytest.raises(ValueError, match="exists and is no export"):
+            export(l2v, tmp_path / precious, overwrite=True)
+    assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
 def test_command(tmp_path, capsys):
