@@ -13,10 +13,11 @@ from pathlib import Path
 
 import torch
 
+from llm2vec_min import distributed
 from llm2vec_min.cli import refuse, run
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig, write_json
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
-from llm2vec_min.encoder import DTYPES, LLM2Vec, pick_device
+from llm2vec_min.encoder import DTYPES, LLM2Vec
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.hub import DATASETS, find_preset, resolve_data
 from llm2vec_min.lora import add_lora
@@ -85,8 +86,9 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimization")
     add(group, "--steps", "optimizer steps", type=int)
-    add(group, "--batch-size", "sequences per forward pass", type=int)
-    add(group, "--gradient-accumulation", "forward passes per optimizer step", type=int)
+    add(group, "--batch-size", "sequences per optimizer step, over all processes", type=int)
+    add(group, "--micro-batch-size", "sequences per forward pass of one process: less memory for the same result (simcse: "
+        "GradCache, a third more time); 0: its whole share of the batch", type=int)  # fmt: skip
     add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse", type=int)
     add(group, "--lr", "peak learning rate", type=float)
     add(group, "--warmup-steps", "steps of linear warmup", type=int)
@@ -117,7 +119,10 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
         "time", action=argparse.BooleanOptionalAction)  # fmt: skip
     add(group, "--save-every", "steps between checkpoints to resume from; 0: none", type=int)
     add(group, "--eval-every", "steps between evaluations; 0: a quarter of the run", type=int)
-    add(group, "--compile", "pretrain: fuse the passes with torch.compile", action="store_true", default=False)
+    add(group, "--shard", "spread the frozen base over the processes of torchrun (FSDP2): for models larger than one GPU",
+        action="store_true", default=False)  # fmt: skip
+    add(group, "--compile", "fuse operations with torch.compile: slow first steps, faster ones then", action="store_true",
+        default=False)  # fmt: skip
 
     group = parser.add_argument_group("architecture (pretrain)")
     for flag, value in (
@@ -138,10 +143,10 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--stage is {args.stage!r}, expected one of {', '.join(STAGES)}")
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(PRESETS)}")
-    for name in ("steps", "batch_size", "gradient_accumulation", "lora_r", "lr", "temperature", "max_grad_norm"):
+    for name in ("steps", "batch_size", "lora_r", "lr", "temperature", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
-    for name in ("warmup_steps", "save_every", "eval_every", "weight_decay"):
+    for name in ("warmup_steps", "micro_batch_size", "save_every", "eval_every", "weight_decay"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
     for name in ("lora_dropout", "attention_dropout"):
@@ -157,9 +162,8 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output}: the shipped model is not overwritten; copy a new one there by hand")
 
 
-def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict) -> None:
+def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict, device: torch.device) -> None:
     """Tokenizer and decoder from scratch; the result is a plain Hugging Face checkpoint in bfloat16."""
-    device = pick_device(args.device)
     train_lines, held_lines = read_split(args.data, every=1000)
     output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
     if not args.resume:
@@ -197,8 +201,10 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict) 
     loop.finish()
 
 
-def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: dict) -> None:
+def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: dict, device: torch.device) -> None:
     """MNTP or SimCSE: base and earlier adapters merged, a fresh adapter trained and saved."""
+    if args.shard and distributed.world_size() == 1:
+        raise ValueError("--shard spreads the base over several processes, found one: torchrun --nproc_per_node=2 train.py ...")
     if args.stage == "mntp":
         train_lines, held_lines = read_split(args.data, every=20)
     else:
@@ -211,7 +217,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
         causal=args.causal or None,  # without the flag an earlier stage keeps its direction
         pooling=args.pooling,
         dtype=args.dtype,
-        device=args.device,
+        device="cpu" if args.shard else device,
         lm_head=args.stage == "mntp",
     )
     if args.preset:
@@ -219,8 +225,16 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
     torch.manual_seed(args.seed)
     add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
     l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
+    if args.compile:
+        for layer in l2v.decoder.layers:
+            layer.compile()
     counts = [sum(p.numel() for p in l2v.decoder.parameters() if p.requires_grad or not only) for only in (False, True)]
-    print(f"{counts[0]:,} parameters in the decoder, {counts[1]:,} ({counts[1] / counts[0]:.2%}) trained")
+    if distributed.rank() == 0:
+        print(f"{counts[0]:,} parameters in the decoder, {counts[1]:,} ({counts[1] / counts[0]:.2%}) trained")
+    if args.shard:
+        distributed.shard(l2v.decoder, device)
+        if l2v.lm_head is not None:
+            l2v.lm_head.to(device)
 
     evaluate = (lambda: {"spearman": sts_score(l2v, args.eval)}) if args.eval else None
     if args.stage == "mntp":
@@ -231,21 +245,30 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
     else:
         output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
         loop = train_simcse(l2v, train_lines, settings, output, evaluate=evaluate, resume=args.resume)
-    l2v.save_run(output, args.stage)
+    if loop.is_main:
+        l2v.save_run(output, args.stage)
     loop.finish()
+    distributed.barrier()
 
 
 def main(argv: list[str]) -> None:
     args = build_parser(argv).parse_args(argv)
     check(args)
+    device = distributed.start(args.device)
+    is_main = distributed.rank() == 0
     if args.dtype is None:
-        args.dtype = "bfloat16" if pick_device(args.device).type == "cuda" else "float32"
+        args.dtype = "bfloat16" if device.type == "cuda" else "float32"
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume")}
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
-    print("in force: " + ", ".join(f"{name} {value}" for name, value in arguments.items()))
-    (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, arguments)
-    print(f"saved to {args.output}")
+    if is_main:
+        print("in force: " + ", ".join(f"{name} {value}" for name, value in arguments.items()))
+    try:
+        (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, arguments, device)
+    finally:
+        distributed.stop()
+    if is_main:
+        print(f"saved to {args.output}")
 
 
 if __name__ == "__main__":

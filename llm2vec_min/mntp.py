@@ -16,6 +16,7 @@ import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
 
 from .data import batches
 from .encoder import LLM2Vec
@@ -25,6 +26,7 @@ from .training import Loop, Settings
 
 MASK_STYLES = ("bert", "all")
 IGNORED = -100  # label of a position that is not predicted
+LOGITS_AT_ONCE = 2**26  # numbers: 256 MB in float32
 
 
 def mask_tokens(
@@ -70,19 +72,42 @@ def mask_tokens(
     return masked_ids, labels
 
 
-def mntp_logits(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Predictions for the M chosen positions only: logits (M, V) float32, each read one position to the left of its
-    token, and the true ids (M,). The head, the widest product of the model, runs on no other position."""
+def chosen_states(decoder: Decoder, masked_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """For the M chosen positions, the states that predict them (M, C), each one position to the left of its token, and
+    the true ids (M,)."""
     hidden = decoder(masked_ids, causal=False)  # (B, T, C)
     targets = labels[:, 1:]  # position 0 has no predecessor
     chosen = targets != IGNORED  # (B, T-1)
-    return lm_head(hidden[:, :-1][chosen]).float(), targets[chosen]
+    return hidden[:, :-1][chosen], targets[chosen]
 
 
-def mntp_loss(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor) -> Tensor:
-    """Mean of -log p(x_i | h_{i-1}) over the chosen positions i, in nats; 0 when none is chosen."""
-    logits, targets = mntp_logits(decoder, lm_head, masked_ids, labels)
-    return F.cross_entropy(logits, targets, reduction="sum") / max(1, len(targets))
+def mntp_logits(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+    """Predictions (M, V) float32 for the M chosen positions and the true ids (M,). The head, the widest product of the
+    model, runs on no other position."""
+    hidden, targets = chosen_states(decoder, masked_ids, labels)
+    return lm_head(hidden).float(), targets
+
+
+def mntp_loss(
+    decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor, count: int | None = None
+) -> Tensor:
+    """Mean of -log p(x_i | h_{i-1}) over the chosen positions i, in nats; 0 when none is chosen.
+
+    Args:
+        count: divide by this instead of M: the chosen positions of a whole batch of which these rows are a part.
+    """
+    hidden, targets = chosen_states(decoder, masked_ids, labels)
+    chunk = LOGITS_AT_ONCE // lm_head.out_features
+
+    def summed(hidden: Tensor, targets: Tensor) -> Tensor:
+        return F.cross_entropy(lm_head(hidden).float(), targets, reduction="sum")
+
+    if len(targets) <= chunk:
+        total = summed(hidden, targets)
+    else:  # logits of one chunk at a time, computed once more for the gradient
+        chunks = zip(hidden.split(chunk), targets.split(chunk), strict=True)
+        total = sum(checkpoint(summed, *both, use_reentrant=False, preserve_rng_state=False) for both in chunks)
+    return total / (max(1, len(targets)) if count is None else count)
 
 
 @torch.no_grad()
@@ -90,8 +115,9 @@ def held_out_score(l2v: LLM2Vec, blocks: np.ndarray, settings: Settings) -> dict
     """MNTP loss and accuracy on (N, T) blocks, under the same masks at each call."""
     generator = torch.Generator().manual_seed(settings.seed)
     loss, right, count = 0.0, 0, 0
-    for start in range(0, len(blocks), settings.batch_size):
-        ids = torch.from_numpy(blocks[start : start + settings.batch_size]).long()
+    size = settings.micro_batch_size or settings.batch_size
+    for start in range(0, len(blocks), size):
+        ids = torch.from_numpy(blocks[start : start + size]).long()
         masked_ids, labels = mask_tokens(ids, **masking(l2v, settings), generator=generator)
         logits, targets = mntp_logits(l2v.decoder, l2v.lm_head, masked_ids.to(l2v.device), labels.to(l2v.device))
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
@@ -146,20 +172,21 @@ def train_mntp(
 
     fixed = masking(l2v, settings)
     loop = Loop(l2v.decoder, settings, output, evaluate=report, **loop_options)
-    order = batches(len(train_blocks), settings.batch_size, settings.seed, loop.start * settings.gradient_accumulation)
-    if not loop.quiet:
+    order = batches(len(train_blocks), settings.batch_size, settings.seed, loop.start)
+    if not loop.quiet and loop.is_main:
         ids = torch.from_numpy(train_blocks[:1]).long()
         masked_ids, labels = mask_tokens(ids, **fixed, generator=torch.Generator().manual_seed(settings.seed))
         print(explain(l2v.tokenizer, ids[0], masked_ids[0], labels[0]))
 
     for _ in loop:
-        total, tokens = 0.0, 0
-        for _ in range(settings.gradient_accumulation):
-            ids = torch.from_numpy(train_blocks[next(order)]).long()  # (B, T)
-            masked_ids, labels = mask_tokens(ids, **fixed)
-            loss = mntp_loss(l2v.decoder, l2v.lm_head, masked_ids.to(l2v.device), labels.to(l2v.device))
-            loss = loss / settings.gradient_accumulation
+        ids = torch.from_numpy(train_blocks[next(order)]).long()  # (B, T), the batch of all processes
+        masked_ids, labels = mask_tokens(ids, **fixed, generator=loop.generator)
+        count, total = max(1, int((labels != IGNORED).sum())), 0.0
+        for part, rows in enumerate(loop.micro_batches()):
+            loop.seed_dropout(part)
+            where = l2v.device
+            loss = mntp_loss(l2v.decoder, l2v.lm_head, masked_ids[rows].to(where), labels[rows].to(where), count)
             loss.backward()
-            total, tokens = total + loss.detach(), tokens + ids.numel()
-        loop.update(total, tokens)
+            total = total + loss.detach()
+        loop.update(total, ids.numel())
     return loop

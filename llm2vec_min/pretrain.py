@@ -107,14 +107,13 @@ def pretrain(
 
     loss_function = torch.compile(next_token_loss) if compiled else next_token_loss
     loop = Loop(model, settings, output, evaluate=report, **loop_options)
-    order = batches(len(train_blocks), settings.batch_size, settings.seed, loop.start * settings.gradient_accumulation)
+    order = batches(len(train_blocks), settings.batch_size, settings.seed, loop.start)
     for _ in loop:
-        total = 0.0
-        for _ in range(settings.gradient_accumulation):
-            ids = torch.from_numpy(train_blocks[next(order)]).long().to(device)  # (B, T)
+        ids, total = torch.from_numpy(train_blocks[next(order)]).long().to(device), 0.0  # (B, T)
+        for rows in loop.micro_batches():
             with torch.autocast(device.type, torch.bfloat16, enabled=bfloat16):
-                loss = loss_function(model, ids) / settings.gradient_accumulation
+                loss = loss_function(model, ids[rows]) * (len(ids[rows]) / len(ids))
             loss.backward()
-            total += loss.detach()
-        loop.update(total, tokens=settings.gradient_accumulation * ids.numel())
+            total = total + loss.detach()
+        loop.update(total, tokens=ids.numel())
     return loop

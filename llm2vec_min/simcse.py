@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from . import distributed
 from .data import batches
 from .encoder import LLM2Vec
 from .model import set_attention_dropout
@@ -40,6 +41,38 @@ def embed_twins(l2v: LLM2Vec, encoded: list) -> tuple[Tensor, Tensor]:
     hidden, pool_mask = l2v.states(encoded + encoded)  # (2B, T, C), (2B, T)
     first, second = pool(hidden, pool_mask, l2v.pooling).chunk(2)
     return first, second
+
+
+def backward(l2v: LLM2Vec, parts: list[list], temperature: float, seed_dropout: Callable[[int], None]) -> Tensor:
+    """One step's loss over the twins of all processes, with its gradient added to the adapter's.
+
+    The loss needs every vector of the batch, the memory of a forward pass only one part's. So, with several parts
+    (GradCache, arXiv 2101.06983): all vectors first, without a graph; the gradient of the loss with respect to each
+    vector; then each part once more, with a graph and the same noise, to carry its vectors' gradients on to the weights.
+
+    Args:
+        parts: this process's tokenized sentences, one list per forward pass.
+        seed_dropout: called with the part's number before each of its forward passes.
+    Returns:
+        Scalar: this process's share of the loss, which is the mean over all sentences.
+    """
+
+    def embed(part: int) -> Tensor:
+        seed_dropout(part)
+        return torch.stack(embed_twins(l2v, parts[part]), dim=1)  # (b, 2, C)
+
+    with torch.set_grad_enabled(len(parts) == 1):
+        mine = [embed(part) for part in range(len(parts))]
+
+    twins = distributed.gather(torch.cat(mine)).requires_grad_()  # (B, 2, C), those of all processes
+    loss = info_nce(twins[:, 0], twins[:, 1], temperature)
+    (gradient,) = torch.autograd.grad(loss, twins)
+    gradient = gradient.chunk(distributed.world_size())[distributed.rank()]  # of this process's vectors
+
+    for part, of_vectors in enumerate(gradient.split([len(sentences) for sentences in parts])):
+        vectors = mine[0] if len(parts) == 1 else embed(part)
+        vectors.backward(of_vectors)
+    return loss / distributed.world_size()
 
 
 @torch.no_grad()
@@ -73,31 +106,27 @@ def train_simcse(
 
     Args:
         l2v: with a fresh adapter (`add_lora`), earlier ones merged; causal or not.
-        settings: `attention_dropout` and `lora_dropout` make the twins differ. With gradient accumulation, each
-            forward pass has negatives of its own.
+        settings: `attention_dropout` and `lora_dropout` make the twins differ. The other sentences of the whole batch are
+            the negatives, in however many micro-batches and processes it is computed.
     """
-    needed = settings.steps * settings.batch_size * settings.gradient_accumulation
+    needed = settings.steps * settings.batch_size
     if len(sentences) > needed:  # do not tokenize a million sentences to use some
         chosen = np.random.default_rng(settings.seed).permutation(len(sentences))[:needed]
         sentences = [sentences[i] for i in chosen]
     encoded = tokenize(l2v, sentences, settings.max_length)
     lengths = [len(row.ids) for row in encoded]
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
-    order = batches(
-        len(encoded), settings.batch_size, settings.seed, loop.start * settings.gradient_accumulation, lengths=lengths
-    )
+    order = batches(len(encoded), settings.batch_size, settings.seed, loop.start, lengths=lengths)
     set_attention_dropout(l2v.decoder, settings.attention_dropout)
     if not loop.quiet:
-        print(explain(l2v, sentences))
+        words = explain(l2v, sentences)  # a sharded model runs in all processes or in none
+        if loop.is_main:
+            print(words)
 
     for _ in loop:
-        total, tokens = 0.0, 0
-        for _ in range(settings.gradient_accumulation):
-            rows = next(order)
-            first, second = embed_twins(l2v, [encoded[i] for i in rows])  # (B, C) each
-            loss = info_nce(first, second, settings.temperature) / settings.gradient_accumulation
-            loss.backward()
-            total, tokens = total + loss.detach(), tokens + 2 * sum(lengths[i] for i in rows)
-        loop.update(total, tokens)
+        rows = next(order)  # (B,), the batch of all processes
+        parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
+        loss = backward(l2v, parts, settings.temperature, loop.seed_dropout)
+        loop.update(loss, 2 * sum(lengths[i] for i in rows))
     set_attention_dropout(l2v.decoder, 0.0)
     return loop

@@ -10,12 +10,14 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import safetensors
 import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from . import distributed
 from .config import write_json
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -28,8 +30,8 @@ class Settings:
     """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored."""
 
     steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # sequences per forward pass
-    gradient_accumulation: int = 1  # forward passes per optimizer step
+    batch_size: int = 32  # sequences per optimizer step, over all processes
+    micro_batch_size: int = 0  # sequences per forward pass of one process; 0: its whole share of the batch
     max_length: int = 512  # tokens
     lr: float = 5e-5  # peak
     warmup_steps: int = 0
@@ -60,17 +62,27 @@ def get_lr(step: int, settings: Settings) -> float:
     return settings.lr * (1 - progress)
 
 
+def seed_torch(*numbers: int) -> torch.Generator:
+    """Seeds torch, and returns a CPU generator of its own, with a number that changes with any of `numbers`."""
+    seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
+    torch.manual_seed(seed)
+    return torch.Generator().manual_seed(seed)
+
+
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
 def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Makes a run's folder and notes the exact arguments in it.
+    """Makes a run's folder and notes the exact arguments in it; of several processes the first does.
 
     Raises:
         ValueError: the folder already holds something, or there is nothing to resume, or not with these arguments.
     """
     output = Path(output)
+    if distributed.rank() > 0:
+        distributed.barrier()  # until process 0 has made it
+        return output
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file, expected a folder")
     if resume:
@@ -81,6 +93,7 @@ def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         if changed:
             found = ", ".join(f"{name} was {before.get(name)!r}, is {arguments[name]!r}" for name in changed)
             raise ValueError(f"--resume: {output} was started with other arguments: {found}")
+        distributed.barrier()
         return output
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
@@ -95,14 +108,17 @@ def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         write_json(output / ARGUMENTS, arguments)
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error})") from None
+    distributed.barrier()
     return output
 
 
 class Loop:
     """The optimizer's side of a training loop: `for step in loop: ...; loop.update(loss)`.
 
-    Everything random in a step is drawn after the step has seeded torch with (seed, step). So a run that is killed
-    and resumed takes the same steps as one that was not, and an evaluation in between changes nothing.
+    Everything random in a step is drawn after torch was seeded with the run's seed and the step's number. So a run that is
+    killed and resumed takes the same steps as one that was not, and an evaluation in between changes nothing.
+
+    With several processes each trains on its share of the batch and calls `update` with its part of the loss.
 
     Args:
         model: its parameters with requires_grad are trained.
@@ -121,7 +137,12 @@ class Loop:
         resume: bool = False,
         quiet: bool = False,
     ):
+        if settings.batch_size % distributed.world_size():
+            raise ValueError(
+                f"--batch-size is {settings.batch_size}, which {distributed.world_size()} processes do not divide evenly"
+            )
         self.model, self.settings, self.output, self.quiet = model, settings, output, quiet
+        self.is_main = distributed.rank() == 0  # who writes and reports
         self.evaluate = evaluate
         self.parameters = trainable_parameters(model)
         self.optimizer = torch.optim.AdamW(
@@ -132,11 +153,12 @@ class Loop:
             fused=True,
         )
         self.start = self._load_checkpoint() if resume else 0
+        distributed.synchronize(list(self.parameters.values()))
         self.history: list[dict] = []  # what metrics.jsonl holds, for notebooks
 
     def __iter__(self) -> Iterator[int]:
         s = self.settings
-        self.bar = tqdm(total=s.steps, initial=self.start, desc="training", disable=self.quiet, mininterval=1.0)
+        self.bar = tqdm(total=s.steps, initial=self.start, desc="training", disable=self.quiet or not self.is_main, mininterval=1.0)
         self.model.train()
         if self.start == 0:
             self._evaluate(0)
@@ -145,7 +167,7 @@ class Loop:
             self.lr = get_lr(self.step, s)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.lr
-            torch.manual_seed(s.seed * 1_000_003 + self.step)
+            self.generator = seed_torch(s.seed, self.step)  # for what all processes must draw alike
             self.started = time.perf_counter()
             yield self.step
             done = self.step + 1
@@ -156,13 +178,25 @@ class Loop:
         self.bar.close()
         self.model.eval()
 
-    def update(self, loss: Tensor | float, tokens: int) -> None:
-        """The end of a step: clip, optimizer step, report.
+    def micro_batches(self) -> list[slice]:
+        """This process's rows of the batch, as many at a time as one forward pass takes."""
+        share = self.settings.batch_size // distributed.world_size()
+        first, size = distributed.rank() * share, self.settings.micro_batch_size or share
+        return [slice(first + i, first + min(i + size, share)) for i in range(0, share, size)]
+
+    def seed_dropout(self, part: int = 0) -> None:
+        """Before forward pass `part` of a step: the same noise each time for it, another for any other process."""
+        seed_torch(self.settings.seed, self.step, distributed.rank() + 1, part)
+
+    def update(self, loss: Tensor, tokens: int) -> None:
+        """The end of a step: gradients of all processes added up, clipping, optimizer step, report.
 
         Args:
-            loss: mean over the step, for the report; its gradients are already in place.
-            tokens: real tokens of the step, for the report.
+            loss: scalar, this process's part of the step's loss; the part's gradients are already in place.
+            tokens: real tokens of the whole step, for the report.
         """
+        loss = loss.detach().clone()
+        distributed.add_up([loss, *(p.grad for p in self.parameters.values())])
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
@@ -182,12 +216,12 @@ class Loop:
             numbers = self.evaluate()
         self.model.train()
         self._record({"step": step} | numbers)
-        if not self.quiet:
+        if not self.quiet and self.is_main:
             self.bar.write(f"step {step:>5}: " + ", ".join(f"{name} {value:.4g}" for name, value in numbers.items()))
 
     def _record(self, record: dict) -> None:
         self.history.append(record)
-        if self.output is not None:
+        if self.output is not None and self.is_main:
             with open(self.output / METRICS, "a", encoding="utf-8") as file:
                 file.write(json.dumps(record) + "\n")
 
@@ -195,7 +229,7 @@ class Loop:
 
     def _save_checkpoint(self, step: int) -> None:
         """Trained weights and the optimizer's moments after `step` steps, in one file that is replaced atomically."""
-        if self.output is None:
+        if self.output is None or not self.is_main:
             return
         tensors = {f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
@@ -214,12 +248,13 @@ class Loop:
                 state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
                 # AdamW counts its steps on the host unless fused on a GPU; the moments live beside the parameter.
                 self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
-        lines = (self.output / METRICS).read_text().splitlines()
-        kept = [line for line in lines if json.loads(line)["step"] <= step]
-        (self.output / METRICS).write_text("".join(line + "\n" for line in kept))
+        if self.is_main:
+            lines = (self.output / METRICS).read_text().splitlines()
+            kept = [line for line in lines if json.loads(line)["step"] <= step]
+            (self.output / METRICS).write_text("".join(line + "\n" for line in kept))
         return step
 
     def finish(self) -> None:
         """The run's result is saved: the checkpoint is no longer needed."""
-        if self.output is not None:
+        if self.output is not None and self.is_main:
             (self.output / CHECKPOINT).unlink(missing_ok=True)

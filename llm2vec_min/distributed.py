@@ -1,0 +1,102 @@
+"""Several processes, one per GPU, as `torchrun` starts them; without it, one process alone.
+
+Each process holds the model and the whole adapter, and trains on its share of every batch. Gradients are added up once
+a step, in one message, which is what DistributedDataParallel does: an adapter is small, and so GradCache, checkpointing
+and micro-batches need no hooks. With `shard` the frozen base is spread over the processes and each layer is put
+together only while it runs.
+"""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from .encoder import pick_device
+from .lora import LoRALinear
+from .model import Decoder
+
+
+def rank() -> int:
+    """This process's number, from 0. Process 0 writes files and reports."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def start(device: str | None) -> torch.device:
+    """Joins the other processes if `torchrun` started this one, and picks the device: on GPUs, each process its own.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return pick_device(device)
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    return picked
+
+
+def stop() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()
+
+
+def add_up(tensors: list[Tensor]) -> None:
+    """Replaces each tensor by its sum over all processes; the same shapes and one dtype everywhere."""
+    if world_size() == 1:
+        return
+    flat = torch.cat([tensor.reshape(-1) for tensor in tensors])
+    dist.all_reduce(flat)
+    for tensor, total in zip(tensors, flat.split([tensor.numel() for tensor in tensors]), strict=True):
+        tensor.copy_(total.view_as(tensor))
+
+
+def gather(x: Tensor) -> Tensor:
+    """The rows of all processes in order, (n, ...) -> (world_size * n, ...), without a gradient."""
+    if world_size() == 1:
+        return x.detach()
+    rows = x.new_empty(world_size() * len(x), *x.shape[1:])
+    dist.all_gather_into_tensor(rows, x.detach().contiguous())
+    return rows
+
+
+def shard(decoder: Decoder, device: torch.device) -> None:
+    """Spreads the frozen weights of every layer over the processes (FSDP2), in place.
+
+    Adapters, embeddings and the last norm stay whole on each device. The decoder may lie in host memory: its layers
+    move to the device one by one, so a model larger than the device can be loaded.
+    """
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh(device.type, (world_size(),))
+    adapters = [child for m in decoder.modules() if isinstance(m, LoRALinear) for child in (m.lora_A, m.lora_B)]
+    for module in (*adapters, decoder.embed_tokens, decoder.norm):
+        module.to(device)
+    whole = {p for module in (*adapters, decoder.embed_tokens, decoder.norm) for p in module.parameters()}
+    for layer in decoder.layers:
+        fully_shard(layer, mesh=mesh, ignored_params=whole)
+    # The root holds nothing of its own; it lets a layer be fetched while the one before it runs.
+    fully_shard(decoder, mesh=mesh, ignored_params=whole)
+
+
+def synchronize(parameters: list[nn.Parameter]) -> None:
+    """Process 0's values for everyone: all start from the same weights."""
+    if world_size() > 1:
+        for parameter in parameters:
+            dist.broadcast(parameter.detach(), src=0)
