@@ -8,18 +8,19 @@
 """
 
 import argparse
+import os
 from dataclasses import fields
 from pathlib import Path
 
 import torch
 
-from llm2vec_min import distributed
+from llm2vec_min import distributed, memory
 from llm2vec_min.cli import refuse, run
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig, write_json
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.encoder import DTYPES, LLM2Vec
 from llm2vec_min.evaluation import sts_score
-from llm2vec_min.hub import DATASETS, find_preset, resolve_data
+from llm2vec_min.hub import DATASETS, find_preset, resolve, resolve_data
 from llm2vec_min.lora import add_lora
 from llm2vec_min.mntp import MASK_STYLES, train_mntp
 from llm2vec_min.model import LanguageModel, init_weights
@@ -119,6 +120,8 @@ def build_parser(argv: list[str]) -> argparse.ArgumentParser:
         "time", action=argparse.BooleanOptionalAction)  # fmt: skip
     add(group, "--save-every", "steps between checkpoints to resume from; 0: none", type=int)
     add(group, "--eval-every", "steps between evaluations; 0: a quarter of the run", type=int)
+    add(group, "--dry-run", "load nothing; print parameters, operations and predicted peak memory. WORLD_SIZE=8 before the "
+        "command plans for 8 processes", action="store_true", default=False)  # fmt: skip
     add(group, "--shard", "spread the frozen base over the processes of torchrun (FSDP2): for models larger than one GPU",
         action="store_true", default=False)  # fmt: skip
     add(group, "--compile", "fuse operations with torch.compile: slow first steps, faster ones then", action="store_true",
@@ -160,6 +163,19 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError("--data: give one or more text files, one sentence or paragraph a line")
     if args.stage == "pretrain" and Path(args.output).resolve().is_relative_to(ASSETS.resolve()):
         raise ValueError(f"--output {args.output}: the shipped model is not overwritten; copy a new one there by hand")
+
+
+def make_plan(args: argparse.Namespace, settings: Settings) -> memory.Plan:
+    """What a step needs, from the model's config.json and the settings."""
+    if args.stage == "pretrain":
+        raise ValueError("--dry-run predicts mntp and simcse")
+    config = ModelConfig.from_folder(resolve(args.model, ("config.json",)))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % processes:
+        raise ValueError(f"--batch-size is {settings.batch_size}, which {processes} processes do not divide evenly")
+    on_gpu = args.device.startswith("cuda") if args.device else torch.cuda.is_available()
+    size = DTYPES[args.dtype or ("bfloat16" if on_gpu else "float32")].itemsize
+    return memory.plan(config, settings, args.stage, size=size, processes=processes, sharded=args.shard, on_gpu=on_gpu)
 
 
 def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict, device: torch.device) -> None:
@@ -251,20 +267,37 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
     distributed.barrier()
 
 
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's, or the CPU's, whose kind torch does not name."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
 def main(argv: list[str]) -> None:
     args = build_parser(argv).parse_args(argv)
     check(args)
+    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
+    if args.dry_run:
+        print(memory.describe(make_plan(args, settings)))
+        return
     device = distributed.start(args.device)
     is_main = distributed.rank() == 0
     if args.dtype is None:
         args.dtype = "bfloat16" if device.type == "cuda" else "float32"
-    settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume")}
+    arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     if is_main:
         print("in force: " + ", ".join(f"{name} {value}" for name, value in arguments.items()))
     try:
         (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, arguments, device)
+    except RuntimeError as error:
+        if args.stage == "pretrain" or not is_out_of_memory(error):
+            raise
+        plan = make_plan(args, settings)
+        item, least = plan.largest, plan.memory[plan.largest] / 1e9
+        raise ValueError(
+            f"{device} has too little memory. Of the {plan.peak / 1e9:.1f} GB that were to be expected, {least:.1f} GB are "
+            f"{item}: try {plan.lower[item]}; --dry-run shows every item"
+        ) from None
     finally:
         distributed.stop()
     if is_main:

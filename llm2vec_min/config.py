@@ -128,8 +128,10 @@ PAPER = {
         weight_decay=0.1, adam_beta2=0.95, eval_every=1000,
     ),
 }  # fmt: skip
-BIG = dict(gradient_checkpointing=True)
-MISTRAL = BIG | dict(mask_probability=0.8, mask_style="all")
+# So that each fits into 24 GB (`--dry-run`). What is trained is the same.
+SMALL = (dict(micro_batch_size=8), dict(gradient_checkpointing=True))  # 1-2B: mntp, simcse
+BIG = tuple(dict(gradient_checkpointing=True, micro_batch_size=size) for size in (8, 32))  # 3-8B
+MISTRAL = (BIG[0] | dict(mask_probability=0.8, mask_style="all"), BIG[1])
 CHAT = ("[INST] ", " [/INST]")
 LLAMA_3_CHAT = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
 PRESETS = {
@@ -143,16 +145,16 @@ PRESETS = {
         mntp=dict(steps=350, batch_size=8, max_length=128, lr=1e-3, warmup_steps=20),
         simcse=dict(steps=200, batch_size=32, max_length=32, lr=3e-4, warmup_steps=10),
     ),
-    "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B"),
-    "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", BIG, BIG, CHAT),
-    "mistral-7b": Preset("mistralai/Mistral-7B-Instruct-v0.2", MISTRAL, BIG, CHAT),
-    "llama-3-8b": Preset("meta-llama/Meta-Llama-3-8B-Instruct", BIG, BIG, LLAMA_3_CHAT),
-    "llama-3.1-8b": Preset("meta-llama/Llama-3.1-8B-Instruct", BIG, BIG, LLAMA_3_CHAT),
-    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B"),
-    "llama-3.2-3b": Preset("meta-llama/Llama-3.2-3B"),
-    "qwen2-1.5b": Preset("Qwen/Qwen2-1.5B"),
-    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B"),
-    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B", BIG, BIG),
+    "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B", *SMALL),
+    "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", *BIG, CHAT),
+    "mistral-7b": Preset("mistralai/Mistral-7B-Instruct-v0.2", *MISTRAL, CHAT),
+    "llama-3-8b": Preset("meta-llama/Meta-Llama-3-8B-Instruct", *BIG, LLAMA_3_CHAT),
+    "llama-3.1-8b": Preset("meta-llama/Llama-3.1-8B-Instruct", *BIG, LLAMA_3_CHAT),
+    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B", *SMALL),
+    "llama-3.2-3b": Preset("meta-llama/Llama-3.2-3B", *BIG),
+    "qwen2-1.5b": Preset("Qwen/Qwen2-1.5B", *SMALL),
+    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", *SMALL),
+    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B", *BIG),
 }
 
 # What the authors published: an MNTP adapter over each base, and two that go on top of it.

@@ -22,10 +22,13 @@ SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetenso
 PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # taken only where there are no safetensors
 
 
-def resolve(name: str | Path) -> Path:
+def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -> Path:
     """The local folder of a model: a preset's name, a folder, or a hub id (`owner/name`, `owner/name@revision`).
 
     Hub models are downloaded on first use, only the files that are needed, into huggingface_hub's cache.
+
+    Args:
+        files: patterns of the files that are needed.
 
     Raises:
         ValueError: nothing of that name, or the hub's refusal and what to do about it.
@@ -38,7 +41,7 @@ def resolve(name: str | Path) -> Path:
         what = "is a file, expected a folder" if folder.exists() else "is neither a folder nor a hub id (owner/name)"
         raise ValueError(f"model {str(name)!r} {what}; presets are {', '.join(PRESETS)}")
     repo, _, revision = str(name).partition("@")
-    return fetch(repo, revision or None, "model", (*FILES, *SAFETENSORS))
+    return fetch(repo, revision or None, "model", files)
 
 
 def find_preset(name: str | Path) -> Preset | None:
@@ -91,7 +94,7 @@ def fetch(repo: str, revision: str | None, kind: str, patterns: tuple[str, ...])
         if constants.is_offline_mode():
             return Path(snapshot_download(**where, allow_patterns=list(patterns), local_files_only=True))
         files = HfApi().list_repo_files(**where)
-        if kind == "model" and not any(fnmatch.filter(files, pattern) for pattern in SAFETENSORS):
+        if SAFETENSORS[0] in patterns and not any(fnmatch.filter(files, pattern) for pattern in SAFETENSORS):
             patterns += PICKLES
         return Path(snapshot_download(**where, allow_patterns=list(patterns)))
     except hub.GatedRepoError:

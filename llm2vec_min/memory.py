@@ -1,0 +1,157 @@
+"""What a training step will need, from the shapes alone: parameters, operations, and peak memory by item.
+
+Counted from what autograd keeps for the backward pass, tensor by tensor, as `model.py` and `lora.py` compute it.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from .config import ModelConfig
+from .mntp import LOGITS_AT_ONCE
+from .training import Settings
+
+
+@dataclass
+class Plan:
+    """Parameters and tokens are counts, operations are floating-point ones per step, memory is bytes of one process."""
+
+    parameters: int  # of the base: decoder, and output head for MNTP
+    trained: int
+    tokens: int  # of a step, over all processes; at most (simcse: both twins, every sentence as long as --max-length)
+    operations: dict[str, float]
+    memory: dict[str, float]
+    lower: dict[str, str]  # item of memory -> how to make it smaller
+
+    @property
+    def peak(self) -> float:
+        """Bytes. The recomputed layer and the logits are needed one after the other: the larger one counts."""
+        rest = sum(size for item, size in self.memory.items() if item not in ("one layer", "logits"))
+        return rest + max(self.memory["one layer"], self.memory["logits"])
+
+    @property
+    def largest(self) -> str:
+        return max(self.memory, key=self.memory.get)
+
+
+def count_parameters(config: ModelConfig) -> dict[str, int]:
+    """Numbers in the base's weights: `layer` (one of them), `embedding`, `head` (0 where it is the embedding)."""
+    C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
+    H, K = config.num_attention_heads, config.num_key_value_heads
+    layer = C * D * (2 * H + 2 * K) + 3 * C * I + 2 * C
+    if config.attention_bias:
+        layer += D * (H + 2 * K) + (C if config.model_type != "qwen2" else 0)
+    if config.mlp_bias:
+        layer += 2 * I + C
+    embedding = config.vocab_size * C
+    return {"layer": layer, "embedding": embedding, "head": 0 if config.tie_word_embeddings else embedding}
+
+
+def count_adapter(config: ModelConfig, r: int) -> int:
+    """Numbers in the LoRA matrices of all layers: r x (in + out) for each of seven linear layers."""
+    C, I, D = config.hidden_size, config.intermediate_size, config.head_dim
+    q, kv = config.num_attention_heads * D, config.num_key_value_heads * D
+    return config.num_hidden_layers * r * (2 * (C + q) + 2 * (C + kv) + 3 * (C + I))
+
+
+def kept_per_token(config: ModelConfig, settings: Settings, size: int, on_gpu: bool) -> float:
+    """Bytes that one layer keeps for its backward pass, per token, without checkpointing.
+
+    Args:
+        size: bytes of one number in the base's dtype.
+        on_gpu: the CPU's norm keeps its input in float32, and its dropout a factor where a GPU keeps a byte.
+    """
+    C, I = config.hidden_size, config.intermediate_size
+    q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
+    norms = 2 * C * (size if on_gpu else 4)  # what enters each
+    attention = (q + 2 * kv + q) * size + 4 * config.num_attention_heads  # q, k, v, the result, one sum per head
+    swiglu = 3 * I * size  # gate, silu(gate), up
+    if settings.lora_dropout:  # each adapter's own input, and which numbers were kept
+        adapters = (3 * C + q + 2 * C + I) * (size + (1 if on_gpu else size))
+    else:  # q, k, v share theirs, gate and up too
+        adapters = (C + C + I) * size
+    adapters += 7 * settings.lora_r * size  # what lies between A and B
+    return norms + attention + swiglu + adapters
+
+
+def plan(
+    config: ModelConfig,
+    settings: Settings,
+    stage: str,
+    *,
+    size: int = 2,
+    processes: int = 1,
+    sharded: bool = False,
+    on_gpu: bool = True,
+) -> Plan:
+    """Predicts a step of `mntp` or `simcse`.
+
+    Args:
+        size: bytes of one number in the base's dtype: 2 for bfloat16, 4 for float32.
+        processes: among which the batch is split.
+        sharded: whether they also share the base (`--shard`).
+    """
+    is_mntp = stage == "mntp"
+    C, V, L, T = config.hidden_size, config.vocab_size, config.num_hidden_layers, settings.max_length
+    count, adapter = count_parameters(config), count_adapter(config, settings.lora_r)
+    head = count["head"] if is_mntp else 0
+    share = settings.batch_size // processes
+    part = min(settings.micro_batch_size or share, share)
+    rows = part if is_mntp else 2 * part  # of one forward pass
+    tokens = rows * T
+    total = (1 if is_mntp else 2) * settings.batch_size * T
+
+    # ---- operations: 2 per weight and token ----
+    layers, q = L * count["layer"], config.num_attention_heads * config.head_dim
+    forward = 2 * total * (layers + adapter) + 4 * L * q * T * total  # the last is q k^T and the sum over v
+    operations = {"forward": forward, "backward": 2 * total * (layers + 2 * adapter) + 8 * L * q * T * total}
+    if settings.gradient_checkpointing:
+        operations["recomputed by checkpointing"] = forward
+    if not is_mntp and part < share:
+        operations["vectors first (GradCache)"] = forward
+    if is_mntp:
+        chosen = settings.mask_probability * total
+        again = 3 if settings.mask_probability * tokens * V > LOGITS_AT_ONCE else 2
+        operations["logits"] = again * 2 * chosen * C * V
+
+    # ---- memory ----
+    kept = kept_per_token(config, settings, size, on_gpu) * tokens
+    if not on_gpu and settings.attention_dropout and not is_mntp:  # probabilities: softmax, dropped, and which
+        kept += rows * config.num_attention_heads * T * T * (4 + 2 * size)
+    states = tokens * C * size
+    whole = layers if not sharded else layers / processes + 2 * count["layer"]  # two: one runs, the next one arrives
+    passing = tokens * (config.intermediate_size + 3 * C) * size  # while a layer's gradient is on its way
+    logits = min(settings.mask_probability * tokens * V, LOGITS_AT_ONCE) * (12 + 2 * size) if is_mntp else 0
+    memory = {
+        "weights": (whole + count["embedding"] + head) * size,
+        "adapter": 4 * adapter,
+        "its gradient": 4 * adapter,
+        "optimizer": 8 * adapter,
+        "activations": (L * states if settings.gradient_checkpointing else L * kept) + 3 * states,
+        "one layer": (kept if settings.gradient_checkpointing else 0) + passing,
+        "logits": logits,
+    }
+    smaller = "a smaller --micro-batch-size"
+    lower = dict.fromkeys(memory, smaller) | {
+        "weights": "--dtype bfloat16" if size == 4 else "several GPUs with torchrun and --shard",
+        **dict.fromkeys(("adapter", "its gradient", "optimizer"), "a smaller --lora-r"),
+    }
+    if not settings.gradient_checkpointing:
+        lower["activations"] = f"--gradient-checkpointing or {smaller}"
+    return Plan(layers + count["embedding"] + C + head, adapter, total, operations, memory, lower)
+
+
+def describe(plan: Plan) -> str:
+    """The plan as a table for people."""
+    lines = [
+        f"parameters        {plan.parameters:>16,}",
+        f"trained           {plan.trained:>16,}  ({plan.trained / plan.parameters:.2%})",
+        f"tokens per step   {plan.tokens:>16,}  at most",
+        f"operations per step {sum(plan.operations.values()) / 1e12:>14,.2f}  x 10^12",
+        *(f"    {name:<30} {value / 1e12:>9,.2f}" for name, value in plan.operations.items()),
+        f"peak memory of each process {plan.peak / 1e9:>6,.2f}  GB",
+        *(f"    {name:<30} {value / 1e9:>9,.2f}  less by {plan.lower[name]}" for name, value in plan.memory.items() if value),
+    ]
+    if plan.memory["logits"]:
+        lines.append("    (one layer and the logits are needed one after the other: the larger one counts)")
+    return "\n".join(lines)

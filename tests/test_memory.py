@@ -1,0 +1,146 @@
+"""The prediction against what autograd really keeps, for the real shapes, with tensors that are only pretended."""
+
+import pytest
+import torch
+from peak_memory import PeakMemory, like_a_gpu
+from torch import nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from llm2vec_min.config import PAPER, PRESETS, ModelConfig
+from llm2vec_min.lora import add_lora
+from llm2vec_min.memory import count_adapter, count_parameters, plan
+from llm2vec_min.mntp import mntp_loss
+from llm2vec_min.model import Decoder, set_attention_dropout
+from llm2vec_min.training import Settings
+
+SHAPES = {
+    "1.3b": (2048, 24, 16, 16, 5504),
+    "llama-2-7b": (4096, 32, 32, 32, 11008),
+    "mistral-7b": (4096, 32, 32, 8, 14336),
+}
+
+
+def make_config(hidden_size, layers, heads, key_value_heads, intermediate_size) -> ModelConfig:
+    return ModelConfig(
+        vocab_size=32000,
+        hidden_size=hidden_size,
+        intermediate_size=intermediate_size,
+        num_hidden_layers=layers,
+        num_attention_heads=heads,
+        num_key_value_heads=key_value_heads,
+        head_dim=128,
+    )
+
+
+def measure(config: ModelConfig, settings: Settings, stage: str, dtype=torch.bfloat16) -> tuple[int, int, int]:
+    """Base parameters, trained parameters and peak bytes of two optimizer steps; nothing is computed or allocated."""
+    is_mntp = stage == "mntp"
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with FakeTensorMode():
+            decoder = Decoder(config).requires_grad_(False)
+            lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False).requires_grad_(False)
+            base = [p for m in (decoder, lm_head if is_mntp else nn.Module()) for p in m.parameters()]
+            add_lora(decoder, settings.lora_r, settings.lora_alpha, settings.lora_dropout)
+            decoder.train()
+            decoder.gradient_checkpointing = settings.gradient_checkpointing
+            trained = [p for p in decoder.parameters() if p.requires_grad]
+            known = [*decoder.parameters(), *lm_head.parameters()]
+            optimizer = torch.optim.AdamW(trained, fused=True)
+            rows, T = settings.micro_batch_size or settings.batch_size, settings.max_length
+            ids = torch.zeros(rows if is_mntp else 2 * rows, T, dtype=torch.int64)
+            if not is_mntp:
+                set_attention_dropout(decoder, settings.attention_dropout)
+            with PeakMemory(known) as memory:
+                for _ in range(2):
+                    if is_mntp:
+                        loss = mntp_loss(decoder, lm_head, ids, ids.clone())
+                    else:
+                        loss = decoder(ids, causal=False).float().mean(1).pow(2).sum()
+                    loss.backward()
+                    optimizer.step()
+                    optimizer.zero_grad(set_to_none=True)
+    finally:
+        torch.set_default_dtype(before)
+    bytes_of = sum(p.numel() * p.element_size() for p in [*base, *trained])
+    return sum(p.numel() for p in base), sum(p.numel() for p in trained), bytes_of + memory.peak
+
+
+def chosen_share(probability: float):
+    """`chosen_states` without looking at the labels, which pretended tensors do not have."""
+
+    def chosen(decoder, masked_ids, labels):
+        hidden = decoder(masked_ids, causal=False).flatten(0, 1)
+        count = int(probability * len(hidden))
+        return hidden[:count], labels.flatten()[:count]
+
+    return chosen
+
+
+CKPT = dict(gradient_checkpointing=True)
+
+
+@pytest.mark.parametrize(
+    ("shape", "stage", "changes"),
+    [
+        ("1.3b", "mntp", {}),
+        ("1.3b", "mntp", dict(micro_batch_size=4)),
+        ("1.3b", "mntp", dict(lora_dropout=0.0, lora_r=64)),
+        ("1.3b", "simcse", dict(batch_size=128, max_length=128, micro_batch_size=16)),
+        ("llama-2-7b", "mntp", CKPT),
+        ("llama-2-7b", "mntp", CKPT | dict(micro_batch_size=8)),
+        ("llama-2-7b", "simcse", CKPT | dict(batch_size=128, max_length=128, micro_batch_size=32)),
+        ("mistral-7b", "mntp", CKPT | dict(mask_probability=0.8)),
+    ],
+)
+@pytest.mark.parametrize("on_gpu", [True, False], ids=["gpu", "cpu"])
+def test_prediction(monkeypatch, shape, stage, changes, on_gpu):
+    if shape != "1.3b" and not on_gpu:
+        pytest.skip("nobody trains 7B on a CPU")
+    settings = Settings(**(dict(attention_dropout=0.0 if on_gpu else 0.3) | changes))  # flash keeps no probabilities
+    config = make_config(*SHAPES[shape])
+    monkeypatch.setattr("llm2vec_min.mntp.chosen_states", chosen_share(settings.mask_probability))
+    if on_gpu:
+        like_a_gpu(monkeypatch)
+    base, trained, peak = measure(config, settings, stage)
+    predicted = plan(config, settings, stage, on_gpu=on_gpu)
+    assert (predicted.parameters, predicted.trained) == (base, trained)
+    assert predicted.peak == pytest.approx(peak, rel=0.06)
+
+
+def test_the_papers_batches_fit_into_24_gb():
+    """The defaults of the 7B presets."""
+    for shape, name in (("llama-2-7b", "llama-2-7b"), ("mistral-7b", "mistral-7b")):
+        for stage in ("mntp", "simcse"):
+            settings = Settings(**(PAPER[stage] | getattr(PRESETS[name], stage)))
+            assert plan(make_config(*SHAPES[shape]), settings, stage).peak < 20e9
+
+
+@pytest.mark.parametrize("variant", ["llama", "llama-tied", "llama-biases", "llama-head-dim", "mistral", "qwen2", "qwen2-tied"])
+def test_counts_for_every_kind_of_model(both, variant):
+    _, model = both(variant)
+    count = count_parameters(model.config)
+    total = model.config.num_hidden_layers * count["layer"] + count["embedding"] + count["head"] + model.config.hidden_size
+    assert total == sum(p.numel() for p in model.parameters())
+    add_lora(model.model, r=3)
+    assert count_adapter(model.config, 3) == sum(p.numel() for p in model.parameters() if p.requires_grad)
+
+
+def test_processes_share_the_work_and_sharding_the_weights():
+    config = make_config(*SHAPES["llama-2-7b"])
+    one, eight, sharded = (
+        plan(config, Settings(**CKPT), "mntp", processes=n, sharded=s) for n, s in ((1, False), (8, False), (8, True))
+    )
+    assert eight.tokens == one.tokens and eight.operations["forward"] == one.operations["forward"]
+    assert eight.memory["activations"] == one.memory["activations"] / 8
+    assert eight.memory["weights"] == one.memory["weights"]
+    assert sharded.memory["weights"] < 0.25 * one.memory["weights"]
+
+
+def test_gradcache_costs_a_forward_pass():
+    config = make_config(*SHAPES["1.3b"])
+    whole, cached = (plan(config, Settings(micro_batch_size=size), "simcse") for size in (0, 8))
+    extra = sum(cached.operations.values()) - sum(whole.operations.values())
+    assert extra == pytest.approx(whole.operations["forward"])
+    assert cached.peak < 0.4 * whole.peak
