@@ -2,23 +2,29 @@
 
     python embed.py "A cat sat down." "A kitten takes a seat."          # a table of cosine similarities
     python embed.py --model runs/simcse --input texts.txt --output vectors.npy
+    torchrun --nproc_per_node=8 embed.py --model runs/simcse --input texts.txt --output vectors.npy
+
+The same command continues a killed run where it stopped.
 """
 
 import argparse
 import itertools
+import json
 import os
 from pathlib import Path
 
 import numpy as np
 from tqdm import tqdm
 
+from llm2vec_min import distributed
 from llm2vec_min.cli import refuse, run
-from llm2vec_min.config import PRESETS
+from llm2vec_min.config import PRESETS, write_json
 from llm2vec_min.data import iter_lines
 from llm2vec_min.encoder import DTYPES, LLM2Vec
 from llm2vec_min.pooling import POOLING_MODES
 
 CHUNK = 64  # batches tokenized, sorted by length and written at a time: memory does not grow with the file
+NOT_IN_THE_VECTORS = ("device", "texts", "output")  # arguments that a continued run may change
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -53,26 +59,63 @@ def print_table(l2v: LLM2Vec, args: argparse.Namespace) -> None:
         print(f"{number:>3}  " + "".join(f"{value:>7.3f}" for value in row))
 
 
-def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
-    """Writes the vectors of a file's lines, a chunk at a time, beside the output and renames it when complete."""
+def open_part(args: argparse.Namespace, shape: tuple[int, int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
+    """The unfinished output, (N, C) float32, and which of its chunks are done, uint8; both memory-mapped files beside it,
+    with the arguments in a third. One process makes them.
+
+    Raises:
+        ValueError: they cannot be written, or belong to a run with other arguments.
+    """
     output = Path(args.output)
-    part = output.with_name(output.name + ".part")
+    part, done_file, header = (output.with_name(output.name + end) for end in (".part", ".part.done", ".part.json"))
+    file = Path(args.input).stat()
+    now = {name: value for name, value in vars(args).items() if name not in NOT_IN_THE_VECTORS}
+    now |= {"shape": list(shape), "chunk": chunk, "bytes": file.st_size, "modified": file.st_mtime}
+    if header.is_file():
+        before = json.loads(header.read_text())
+        if changed := [name for name in now if before.get(name) != now[name]]:
+            found = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+            raise ValueError(f"{part} is a run that was stopped, with other arguments ({found}); delete {header} to start anew")
+    else:
+        try:
+            np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape).flush()
+            np.zeros(-(-shape[0] // chunk), dtype=np.uint8).tofile(done_file)
+            write_json(header, now)  # last: with it the other two are whole
+        except OSError as error:
+            raise ValueError(f"--output {output}: cannot be written ({error})") from None
+    return np.lib.format.open_memmap(part, mode="r+"), np.memmap(done_file, dtype=np.uint8, mode="r+")
+
+
+def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
+    """Writes the vectors of a file's lines, a chunk at a time, beside the output and renames it when complete. Every
+    `world_size`-th chunk is this process's; chunks that an earlier run has written are skipped."""
+    rank, world_size = distributed.rank(), distributed.world_size()
+    output, chunk = Path(args.output), CHUNK * args.batch_size
     shape = (count, l2v.decoder.config.hidden_size)
-    try:
-        vectors = np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape)
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error})") from None
-    lines, done = iter_lines(args.input, keep_empty=True), 0
-    with tqdm(total=count, desc="embedding", unit="text") as bar:
-        while chunk := list(itertools.islice(lines, CHUNK * args.batch_size)):
-            rows = l2v.encode(chunk, args.instruction, batch_size=args.batch_size, normalize=args.normalize)
-            vectors[done : done + len(chunk)] = rows
-            done += len(chunk)
-            bar.update(len(chunk))
-    vectors.flush()
-    del vectors
-    os.replace(part, output)
-    print(f"{output}: {shape[0]} vectors of {shape[1]} numbers, float32")
+    if rank == 0:
+        open_part(args, shape, chunk)
+    distributed.barrier()
+    vectors, done = open_part(args, shape, chunk)
+    if rank == 0 and done.any():
+        print(f"continuing: {done.sum()} of {len(done)} chunks of {chunk} texts are there")
+    lines = iter_lines(args.input, keep_empty=True)
+    with tqdm(total=count, desc="embedding", unit="text", disable=rank > 0) as bar:
+        for number in range(len(done)):
+            texts, first = list(itertools.islice(lines, chunk)), number * chunk
+            if number % world_size == rank and not done[number]:
+                rows = l2v.encode(texts, args.instruction, batch_size=args.batch_size, normalize=args.normalize)
+                vectors[first : first + len(texts)] = rows
+                vectors.flush()
+                done[number] = 1  # after its vectors are on the disk
+                done.flush()
+            bar.update(len(texts))
+    distributed.barrier()
+    if rank == 0:
+        names = [output.with_name(output.name + end) for end in (".part", ".part.done", ".part.json")]
+        os.replace(names[0], output)
+        for name in names[1:]:
+            name.unlink()
+        print(f"{output}: {shape[0]} vectors of {shape[1]} numbers, float32")
 
 
 def main(argv: list[str]) -> None:
@@ -85,6 +128,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.output and not args.output.endswith(".npy"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npy")
+    device = distributed.start(args.device)
     count = sum(1 for _ in iter_lines(args.input, keep_empty=True)) if args.input else 0
     if args.input and count == 0:
         raise ValueError(f"{args.input}: no text in it")
@@ -95,12 +139,13 @@ def main(argv: list[str]) -> None:
         pooling=args.pooling,
         max_length=args.max_length,
         dtype=args.dtype,
-        device=args.device,
+        device=device,
     )
     if args.input:
         embed_file(l2v, args, count)
     else:
         print_table(l2v, args)
+    distributed.stop()
 
 
 if __name__ == "__main__":

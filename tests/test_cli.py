@@ -8,6 +8,7 @@ from pathlib import Path
 import embed
 import numpy as np
 import pytest
+import torch
 import train
 from conftest import TEXTS
 
@@ -176,3 +177,22 @@ def test_exit_code_and_one_line(command):
     done = subprocess.run([sys.executable, *command], cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 2 and done.stdout == ""
     assert done.stderr.startswith(f"{command[0]}: error: ") and done.stderr.count("\n") == 1
+
+
+def test_dry_run_loads_nothing(model_folder, tmp_path, capsys):
+    (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())  # no weights beside it
+    train.main(["--model", str(tmp_path), "--data", "x", "--dry-run", "--output", str(tmp_path / "run")])
+    out = capsys.readouterr().out
+    assert "parameters" in out and "peak memory" in out and "logits" in out
+    assert not (tmp_path / "run").exists()
+
+
+def test_out_of_memory_names_the_largest_item(model_folder, tmp_path, monkeypatch):
+    def fail(*arguments, **options):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(train, "train_mntp", fail)
+    (tmp_path / "text.txt").write_text("some words to train on\n" * 900)
+    flags = ["--model", str(model_folder), "--data", str(tmp_path / "text.txt"), "--eval", "", "--device", "cpu"]
+    with pytest.raises(ValueError, match="GB are activations: try --gradient-checkpointing or a smaller --micro-batch-size"):
+        train.main([*flags, "--batch-size", "64", "--max-length", "64", "--output", str(tmp_path / "run")])

@@ -5,11 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from conftest import TEXTS
 from safetensors.torch import load_file
 
+import embed
+import train
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import pack_blocks
 from llm2vec_min.lora import add_lora
@@ -65,6 +68,56 @@ def test_two_processes_train_as_one(alone, extra, tmp_path):
     for name in adapter:
         torch.testing.assert_close(other[name], adapter[name], atol=1e-5, rtol=1e-5, msg=lambda m, name=name: f"{name}: {m}")
     assert done.stdout.count("saved to") == 1, "one process reports"
+
+
+def embed_flags(model_folder, folder) -> list:
+    text = folder / "texts.txt"
+    text.write_text("\n".join(f"{text[:20]} {i}" if i % 9 else "" for i in range(30) for text in TEXTS))
+    return ["--model", model_folder, "--input", text, "--batch-size", 1, "--device", "cpu"]
+
+
+def test_two_processes_embed_as_one(model_folder, tmp_path):
+    flags = embed_flags(model_folder, tmp_path)
+    for processes, name in ((1, "one.npy"), (2, "two.npy")):
+        done = run("embed.py", *flags, "--output", tmp_path / name, processes=processes)
+        assert done.returncode == 0, done.stderr
+    one, two = (np.load(tmp_path / name) for name in ("one.npy", "two.npy"))
+    assert one.shape == (240, 64)
+    np.testing.assert_allclose(two, one, atol=1e-5, rtol=1e-5)  # processes have fewer threads, sums another order
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one.npy", "texts.txt", "two.npy"]
+
+
+def test_killed_embedding_continues(model_folder, tmp_path, monkeypatch, capsys):
+    flags = [*map(str, embed_flags(model_folder, tmp_path)), "--output", str(tmp_path / "x.npy")]
+    embed.main([*flags[:-1], str(tmp_path / "whole.npy")])
+    encode, calls = LLM2Vec.encode, []
+
+    def die_in_the_third_chunk(self, texts, *arguments, **options):
+        calls.append(len(texts))
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return encode(self, texts, *arguments, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(LLM2Vec, "encode", die_in_the_third_chunk)
+        with pytest.raises(KeyboardInterrupt):
+            embed.main(flags)
+        assert not (tmp_path / "x.npy").exists()
+        with pytest.raises(ValueError, match="normalize was False, is True"):
+            embed.main([*flags, "--normalize"])
+        embed.main(flags)
+    assert calls == [64, 64, 64, 64, 48], "two chunks were done, the third is made again"
+    assert "continuing: 2 of 4 chunks" in capsys.readouterr().out
+    assert np.array_equal(np.load(tmp_path / "x.npy"), np.load(tmp_path / "whole.npy"))
+
+
+def test_bad_input(model_folder, tmp_path, monkeypatch):
+    flags = list(map(str, train_flags(model_folder, tmp_path, "mntp")))
+    with pytest.raises(ValueError, match="--shard spreads the base over several processes, found one"):
+        train.main([*flags, "--shard", "--output", str(tmp_path / "run")])
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="--batch-size is 8, which 3 processes do not divide evenly"):
+        train.main([*flags, "--dry-run"])
 
 
 def fresh(model_folder, dropout: float) -> LLM2Vec:
