@@ -196,3 +196,18 @@ def test_out_of_memory_names_the_largest_item(model_folder, tmp_path, monkeypatc
     flags = ["--model", str(model_folder), "--data", str(tmp_path / "text.txt"), "--eval", "", "--device", "cpu"]
     with pytest.raises(ValueError, match="GB are activations: try --gradient-checkpointing or a smaller --micro-batch-size"):
         train.main([*flags, "--batch-size", "64", "--max-length", "64", "--output", str(tmp_path / "run")])
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_compiled_steps_are_the_same(model_folder, tmp_path, stage):
+    (tmp_path / "text.txt").write_text("".join(f"{i} words to train on, and {i * i} more\n" for i in range(200)))
+    losses = []
+    for extra in ([], ["--compile"]):
+        output = tmp_path / f"run{len(extra)}"
+        train.main([
+            "--stage", stage, "--model", str(model_folder), "--data", str(tmp_path / "text.txt"), "--eval", "", "--device", "cpu",
+            "--steps", "3", "--batch-size", "8", "--max-length", "32", "--lr", "1e-3", "--lora-dropout", "0",
+            "--attention-dropout", "0", "--output", str(output), *extra,
+        ])  # fmt: skip
+        losses.append([r["loss"] for r in map(json.loads, open(output / "metrics.jsonl")) if "loss" in r])
+    assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-5)

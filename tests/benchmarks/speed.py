@@ -5,13 +5,14 @@
 
 Three tasks: an MNTP step, a SimCSE step (forward, backward, clipping, AdamW) and encoding of mixed-length text. The other
 side is what a user would write with the libraries: `get_peft_model` over AutoModel with sdpa attention, logits at every
-position, a bidirectional mask through `is_causal`; sentence-transformers' way of batching (sorted by length) for encoding.
+position, a bidirectional mask through `is_causal`; sentence-transformers on the exported model for encoding.
 """
 
 import argparse
 import random
 import statistics
 import sys
+import tempfile
 import time
 from pathlib import Path
 
@@ -19,6 +20,7 @@ import peft
 import torch
 import torch.nn.functional as F
 import transformers
+from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from llm2vec_min import LLM2Vec
@@ -65,8 +67,9 @@ class Ours:
     def simcse(self, texts):
         set_attention_dropout(self.l2v.decoder, ATTENTION_DROPOUT)
         first, second = embed_twins(self.l2v, self.l2v.tokenizer.encode(texts, max_length=128))
+        loss = self.finish(info_nce(first, second, TEMPERATURE))  # checkpointing draws the noise again
         set_attention_dropout(self.l2v.decoder, 0.0)
-        return self.finish(info_nce(first, second, TEMPERATURE))
+        return loss
 
     def encode(self, texts):
         return self.l2v.encode(texts, batch_size=32)
@@ -83,6 +86,9 @@ class Libraries(Ours):
         self.model.config.is_causal = False
         self.model.to(device).eval()
         self.device = torch.device(device)
+        with tempfile.TemporaryDirectory() as exported:
+            LLM2Vec.from_pretrained(folder, device="cpu").save(exported)
+            self.sentence_transformer = SentenceTransformer(exported, device=str(device), model_kwargs={"dtype": dtype})
 
     def add_lora(self):
         config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=LORA_DROPOUT, target_modules=list(TARGET_MODULES))
@@ -105,24 +111,17 @@ class Libraries(Ours):
         batch = self.tokenize(texts + texts, 128)
         self.set_dropout(ATTENTION_DROPOUT)
         first, second = self.pool(self.decoder, batch).chunk(2)
-        self.set_dropout(0.0)
         scores = F.normalize(first, dim=-1) @ F.normalize(second, dim=-1).T / TEMPERATURE
-        return self.finish(F.cross_entropy(scores, torch.arange(len(texts), device=self.device)))
+        loss = self.finish(F.cross_entropy(scores, torch.arange(len(texts), device=self.device)))
+        self.set_dropout(0.0)
+        return loss
 
     def set_dropout(self, probability):
         for layer in self.decoder.layers:
             layer.self_attn.attention_dropout = probability
 
-    @torch.no_grad()
     def encode(self, texts):
-        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
-        vectors = [None] * len(texts)
-        for start in range(0, len(order), 32):
-            rows = order[start : start + 32]
-            pooled = self.pool(self.model.model, self.tokenize([texts[i] for i in rows], 512)).cpu().numpy()
-            for i, vector in zip(rows, pooled, strict=True):
-                vectors[i] = vector
-        return vectors
+        return self.sentence_transformer.encode(texts, batch_size=32)
 
 
 def alternate(task, sides, repeats, device):

@@ -1,0 +1,277 @@
+"""Speed, memory and growth for the real shapes with random weights, against transformers + peft in the same run.
+
+    python tests/benchmarks/gpu.py                                             # one GPU with 80 GB or more, under ten minutes
+    python tests/benchmarks/gpu.py --models 1.3b                               # one with 24 GB
+    python tests/benchmarks/gpu.py --device cpu --models 135m --batch 4 --length 128
+
+Needs tests/requirements.txt, no download. Prints tables and writes them as JSON (--output). Times are medians, the two sides
+taking turns; peak memory is each side's own, with its weights. "of the limit": operations (2 per weight and token forward, 2
+backward, 2 more with checkpointing) per second over those of a large bfloat16 matrix product, measured here.
+"""
+
+import argparse
+import gc
+import json
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+import transformers
+from torch import nn
+
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
+from peak_memory import PeakMemory
+from speed import Libraries, Ours, alternate, make_texts
+
+from llm2vec_min import LLM2Vec, ModelConfig, memory
+from llm2vec_min.config import PRESETS
+from llm2vec_min.mntp import mask_tokens
+from llm2vec_min.model import Decoder, init_weights, set_attention_dropout
+from llm2vec_min.simcse import backward
+from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.training import Settings
+from llm2vec_min.weights import load_decoder, save_checkpoint
+
+TINY = PRESETS["tiny"].model
+SHAPES = {  # hidden, layers, heads, key/value heads, MLP, vocabulary
+    "test": (64, 2, 4, 2, 112, 4096),
+    "135m": (576, 30, 9, 3, 1536, 49152),
+    "1.3b": (2048, 24, 16, 16, 5504, 32000),
+    "7b": (4096, 32, 32, 32, 11008, 32000),
+    "mistral-7b": (4096, 32, 32, 8, 14336, 32000),
+}
+
+
+def make_config(name: str) -> ModelConfig:
+    C, L, H, K, I, V = SHAPES[name]
+    return ModelConfig(
+        vocab_size=V, hidden_size=C, intermediate_size=I, num_hidden_layers=L, num_attention_heads=H,
+        num_key_value_heads=K, head_dim=C // H, tie_word_embeddings=V > 40000,
+    )  # fmt: skip
+
+
+class RandomOurs(Ours):
+    def __init__(self, name: str, device: torch.device, checkpointing: bool):
+        torch.set_default_dtype(torch.bfloat16)
+        with device:
+            decoder = Decoder(make_config(name))
+            lm_head = nn.Linear(decoder.config.hidden_size, decoder.config.vocab_size, bias=False)
+        torch.set_default_dtype(torch.float32)
+        init_weights(decoder)
+        if decoder.config.tie_word_embeddings:
+            lm_head.weight = decoder.embed_tokens.weight
+        self.l2v = LLM2Vec(decoder.requires_grad_(False), Tokenizer(TINY)).eval()
+        self.l2v.lm_head = lm_head.requires_grad_(False)
+        self.device, decoder.gradient_checkpointing = device, checkpointing
+
+    def simcse_cached(self, texts, micro_batch_size):
+        """GradCache."""
+        set_attention_dropout(self.l2v.decoder, 0.3)
+        encoded = self.l2v.tokenizer.encode(texts, max_length=128)
+        parts = [encoded[i : i + micro_batch_size] for i in range(0, len(encoded), micro_batch_size)]
+        backward(self.l2v, parts, 0.05, torch.manual_seed)
+        set_attention_dropout(self.l2v.decoder, 0.0)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
+
+
+class RandomLibraries(Libraries):
+    def __init__(self, name: str, device: torch.device, checkpointing: bool):
+        self.tokenizer = transformers.AutoTokenizer.from_pretrained(TINY, padding_side="left")
+        raw = {k: v for k, v in make_config(name).to_dict().items() if k not in ("architectures", "rope_scaling", "model_type")}
+        config = transformers.LlamaConfig(**raw | {"is_causal": False, "use_cache": False})
+        with device:
+            self.model = transformers.AutoModelForCausalLM.from_config(
+                config, dtype=torch.bfloat16, attn_implementation="sdpa"
+            ).eval()
+        self.device, self.checkpointing = device, checkpointing
+
+    @torch.no_grad()
+    def encode(self, texts):
+        """As sentence-transformers does: sorted by length, padded to the longest of each batch."""
+        order = sorted(range(len(texts)), key=lambda i: -len(texts[i]))
+        vectors = [None] * len(texts)
+        for start in range(0, len(order), 32):
+            rows = order[start : start + 32]
+            pooled = self.pool(self.model.model, self.tokenize([texts[i] for i in rows], 512)).cpu().numpy()
+            for i, vector in zip(rows, pooled, strict=True):
+                vectors[i] = vector
+        return vectors
+
+    def add_lora(self):
+        super().add_lora()
+        if self.checkpointing:
+            self.model.enable_input_require_grads()
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+
+
+def free(device: torch.device) -> None:
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+
+
+def peak_of(task, side, others_bytes: float) -> float:
+    """Peak bytes of one task with the side's weights, without the other side's."""
+    parameters = side.l2v.parameters() if hasattr(side, "l2v") else side.model.parameters()
+    if side.device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        task(side)
+        return torch.cuda.max_memory_allocated() - others_bytes
+    parameters = list({p.data_ptr(): p for p in parameters}.values())
+    state = [t for s in side.optimizer.state.values() for t in s.values()] if hasattr(side, "optimizer") else []
+    with PeakMemory([*parameters, *state]) as counted:
+        task(side)
+    return counted.peak + sum(t.numel() * t.element_size() for t in [*parameters, *state])
+
+
+def matrix_rate(device: torch.device) -> float:
+    """bfloat16 operations per second of a large matrix product, the best of five."""
+    n = 8192 if device.type == "cuda" else 2048
+    a, best = torch.randn(n, n, device=device).bfloat16(), 0.0
+    for _ in range(6):
+        start = time.perf_counter()
+        a @ a
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        best = max(best, 2 * n**3 / (time.perf_counter() - start))
+    return best
+
+
+def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
+    """Encoding, an MNTP step and a SimCSE step of both sides."""
+    checkpointing = "7b" in name
+    held = [0]
+    sides = []
+    for kind in (RandomOurs, RandomLibraries):
+        sides.append(kind(name, device, checkpointing))
+        held.append(torch.cuda.memory_allocated() if device.type == "cuda" else 0)
+    own = [held[1], held[2] - held[1]]
+    config, B, T = make_config(name), args.batch, args.length
+    texts, sentences = make_texts(16 * B, 25, 400), make_texts(4 * B, 20, 100)
+    ids = torch.randint(1000, 4000, (B, T))
+    masked_ids, labels = (t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000))
+    lengths = [len(row.ids) for row in sides[0].l2v.tokenizer.encode(sentences, max_length=128)]
+    passes = 6 if checkpointing else 4
+    tasks = {
+        f"encode {len(texts)} texts": (lambda s: s.encode(texts), 0, None),
+        f"MNTP {B} x {T}": (lambda s: s.mntp(masked_ids, labels), passes * B * T, ("mntp", B, T)),
+        f"SimCSE {len(sentences)} twins": (lambda s: s.simcse(sentences), passes * 2 * sum(lengths),
+                                           ("simcse", len(sentences), max(lengths))),  # fmt: skip
+    }
+    rows = []
+    weights = memory.count_parameters(config)["layer"] * config.num_hidden_layers
+    for label, (task, tokens, shape) in tasks.items():
+        if shape is not None and not hasattr(sides[0], "optimizer"):
+            for i, side in enumerate(sides):
+                before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
+                side.add_lora()
+                own[i] += (torch.cuda.memory_allocated() if device.type == "cuda" else 0) - before
+        ours, theirs, ratio = alternate(task, sides, args.repeats, device)
+        if shape is not None and device.type == "cuda":  # the optimizer's moments came with the first step
+            own = [o + sum(t.numel() * 4 for s in side.optimizer.state.values() for t in s.values() if t.dim())
+                   if label.startswith("MNTP") else o for o, side in zip(own, sides, strict=True)]  # fmt: skip
+        peaks = [peak_of(task, side, own[1 - i]) for i, side in enumerate(sides)]
+        row = dict(model=name, task=label, ours_s=ours, theirs_s=theirs, ratio=ratio, ours_gb=peaks[0] / 1e9, theirs_gb=peaks[1] / 1e9)
+        if shape is not None:
+            stage, rows_, length = shape
+            settings = Settings(batch_size=rows_, max_length=length, gradient_checkpointing=checkpointing, attention_dropout=0.3)
+            plan = memory.plan(config, settings, stage, on_gpu=device.type == "cuda")
+            row |= dict(of_the_limit=tokens * weights / ours / rate, predicted_gb=plan.peak / 1e9)
+        rows.append(row)
+        print_row(row)
+    del sides
+    free(device)
+    return rows
+
+
+def growth(name: str, args, device: torch.device) -> list[dict]:
+    """Our step time and peak memory for growing batches, with and without checkpointing and GradCache."""
+    rows = []
+    for checkpointing in (False, True):
+        side = RandomOurs(name, device, checkpointing)
+        side.add_lora()
+        for batch in (args.batch // 4, args.batch // 2, args.batch):
+            ids = torch.randint(1000, 4000, (batch, args.length))
+            pair = [t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000)]
+            sentences = make_texts(4 * batch, 20, 100)
+            for label, task in (
+                (f"MNTP, batch {batch}", lambda s, pair=pair: s.mntp(*pair)),
+                (f"SimCSE, batch {4 * batch}", lambda s, x=sentences: s.simcse(x)),
+                (f"SimCSE, batch {4 * batch}, GradCache by {args.batch // 2}",
+                 lambda s, x=sentences: s.simcse_cached(x, args.batch // 2)),
+            ):  # fmt: skip
+                peak_of(task, side, 0)  # the optimizer's moments come with the first step
+                peak = peak_of(task, side, 0)
+                start = time.perf_counter()
+                task(side)
+                if device.type == "cuda":
+                    torch.cuda.synchronize()
+                row = dict(model=name, task=label + (", checkpointing" if checkpointing else ""))
+                rows.append(row | dict(ours_s=time.perf_counter() - start, ours_gb=peak / 1e9))
+                print_row(rows[-1])
+        del side
+        free(device)
+    return rows
+
+
+def loading(name: str, device: torch.device) -> dict:
+    """From safetensors to the device: rate, and how much the process's own host memory grew."""
+
+    def own_memory() -> int:
+        status = Path("/proc/self/status").read_text()
+        return int(status.split("RssAnon:")[1].split()[0]) * 1024
+
+    with tempfile.TemporaryDirectory() as folder:
+        decoder = RandomOurs(name, torch.device("cpu"), False).l2v.decoder
+        size = sum(p.numel() * 2 for p in decoder.parameters())
+        save_checkpoint(decoder, folder, torch.bfloat16)
+        (Path(folder) / "config.json").write_text(json.dumps(decoder.config.to_dict()))
+        del decoder
+        free(device)
+        before, start = own_memory(), time.perf_counter()
+        decoder = load_decoder(folder, device, torch.bfloat16)
+        sum(p.float().sum() for p in decoder.norm.parameters()).item()
+        seconds = time.perf_counter() - start
+        row = dict(model=name, task="loading", ours_s=seconds, checkpoint_gb=size / 1e9, host_gb=(own_memory() - before) / 1e9)
+    print_row(row)
+    return row
+
+
+def print_row(row: dict) -> None:
+    print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |", flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--models", nargs="+", choices=tuple(SHAPES), default=["1.3b", "7b"])
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--batch", type=int, default=32, help="sequences of an MNTP step; SimCSE takes 4 times as many")
+    parser.add_argument("--length", type=int, default=512, help="tokens of a sequence of MNTP")
+    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--parts", nargs="+", choices=("compare", "growth", "loading"), default=["compare", "growth", "loading"])
+    parser.add_argument("--output", default="gpu.json")
+    args = parser.parse_args()
+    device = torch.device(args.device)
+    rate = matrix_rate(device)
+    machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
+    print(f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}, {rate / 1e12:.3g} x 10^12 bfloat16 operations/s")
+    rows = []
+    if "compare" in args.parts:
+        print("\n| model | task | ours (s) | theirs (s) | ratio | ours (GB) | theirs (GB) | of the limit | predicted (GB) |")
+        for name in args.models:
+            rows += compare(name, args, device, rate)
+    if "growth" in args.parts:
+        print("\n| model | task | step (s) | peak (GB) |")
+        for name in args.models:
+            rows += growth(name, args, device)
+    if "loading" in args.parts:
+        print("\n| model | task | seconds | checkpoint (GB) | host memory (GB) |")
+        rows += [loading(name, device) for name in args.models]
+    Path(args.output).write_text(json.dumps({"machine": machine, "operations_per_s": rate, "rows": rows}, indent=2))
+
+
+if __name__ == "__main__":
+    main()
