@@ -9,8 +9,8 @@ Read in this order:
     pooling     token states to one vector
     encoder     LLM2Vec: load, encode, save
     mntp        stage 1     simcse    stage 2     (pretrain: what comes before)
-Around them: hub (names), data (text files), training (the loop's plumbing), evaluation (scores), export and mteb_adapter
-(other libraries), cli (errors).
+Around them: hub (names), data (text files), training (the loop's plumbing), distributed (several processes), memory
+(what a step will need), evaluation (scores), export and mteb_adapter (other libraries), cli (errors).
 """
 
 from .config import ModelConfig

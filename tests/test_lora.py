@@ -32,12 +32,13 @@ def test_adapter_stays_float32_over_bfloat16():
 def test_dropout_is_on_activations_and_only_on_the_adapter():
     lora = layer(dropout=0.5)
     x = torch.ones(4, 10)
-    assert torch.equal(lora(x)[0], lora(x)[1]), "B is zero: dropout cannot be seen"
+    same = dict(rtol=1e-6, atol=1e-6)  # not equal: where a row lies in memory may decide its last bit
+    torch.testing.assert_close(lora(x)[0], lora(x)[1], **same)  # B is zero: dropout cannot be seen
     nn.init.normal_(lora.lora_B.weight)
     rows = lora(x)
-    assert len({tuple(row.tolist()) for row in rows}) == 4, "each row its own noise"
+    assert torch.pdist(rows).min() > 1e-3, "each row its own noise"
     lora.eval()
-    assert torch.equal(lora(x)[0], lora(x)[1])
+    torch.testing.assert_close(lora(x)[0], lora(x)[1], **same)
 
 
 def test_add_lora(decoder):
