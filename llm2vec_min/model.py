@@ -129,9 +129,11 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, n
     """
     (B, H, T, D), K = q.shape, k.shape[1]
     if not noise or q.device.type != "cpu":
+        if mask is not None and H != K:  # a GPU's fast kernel for masks wants as many key heads as query heads
+            k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
         # a mask that is given already says which direction is visible
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=noise, is_causal=causal and mask is None, enable_gqa=H != K
+            q, k, v, attn_mask=mask, dropout_p=noise, is_causal=causal and mask is None, enable_gqa=k.shape[1] != H
         )
     # The same by hand: scaled_dot_product_attention has no fast way with dropout on the CPU.
     if mask is None and causal:
