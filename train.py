@@ -32,6 +32,12 @@ from llm2vec_min.training import Settings, open_output
 from llm2vec_min.weights import save_checkpoint
 
 STAGES = ("pretrain", "mntp", "simcse")
+ONLY = {  # flags that one stage alone reads
+    "pretrain": ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                 "num_key_value_heads"),
+    "mntp": ("mask_probability", "mask_style"),
+    "simcse": ("attention_dropout", "temperature", "causal"),
+}  # fmt: skip
 ASSETS = Path(__file__).parent / "llm2vec_min" / "assets"
 
 
@@ -286,7 +292,9 @@ def main(argv: list[str]) -> None:
     arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     if is_main:
-        print("in force: " + ", ".join(f"{name} {value}" for name, value in arguments.items()))
+        unread = {name for stage in STAGES if stage != args.stage for name in ONLY[stage]}
+        shown = {name: value for name, value in arguments.items() if name not in unread and value not in (None, [])}
+        print("in force: " + ", ".join(f"{name} {value}" for name, value in shown.items()))
     try:
         (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, arguments, device)
     except RuntimeError as error:
