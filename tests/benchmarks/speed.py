@@ -87,8 +87,8 @@ class Libraries(Ours):
         self.model.to(device).eval()
         self.device = torch.device(device)
         with tempfile.TemporaryDirectory() as exported:
-            LLM2Vec.from_pretrained(folder, device="cpu").save(exported)
-            self.sentence_transformer = SentenceTransformer(exported, device=str(device), model_kwargs={"dtype": dtype})
+            LLM2Vec.from_pretrained(folder, device="cpu").save(f"{exported}/model")
+            self.sentence_transformer = SentenceTransformer(f"{exported}/model", device=str(device), model_kwargs={"dtype": dtype})
 
     def add_lora(self):
         config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=LORA_DROPOUT, target_modules=list(TARGET_MODULES))
