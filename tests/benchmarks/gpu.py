@@ -38,6 +38,7 @@ TINY = PRESETS["tiny"].model
 SHAPES = {  # hidden, layers, heads, key/value heads, MLP, vocabulary
     "test": (64, 2, 4, 2, 112, 4096),
     "135m": (576, 30, 9, 3, 1536, 49152),
+    "360m": (960, 32, 15, 5, 2560, 49152),
     "1.3b": (2048, 24, 16, 16, 5504, 32000),
     "7b": (4096, 32, 32, 32, 11008, 32000),
     "mistral-7b": (4096, 32, 32, 8, 14336, 32000),
@@ -140,6 +141,11 @@ def matrix_rate(device: torch.device) -> float:
     return best
 
 
+def predict(config: ModelConfig, stage: str, device: torch.device, **settings) -> float:
+    """Peak bytes that --dry-run would print."""
+    return memory.plan(config, Settings(attention_dropout=0.3, **settings), stage, on_gpu=device.type == "cuda").peak
+
+
 def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
     """Encoding, an MNTP step and a SimCSE step of both sides."""
     checkpointing = "7b" in name
@@ -177,9 +183,8 @@ def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
         row = dict(model=name, task=label, ours_s=ours, theirs_s=theirs, ratio=ratio, ours_gb=peaks[0] / 1e9, theirs_gb=peaks[1] / 1e9)
         if shape is not None:
             stage, rows_, length = shape
-            settings = Settings(batch_size=rows_, max_length=length, gradient_checkpointing=checkpointing, attention_dropout=0.3)
-            plan = memory.plan(config, settings, stage, on_gpu=device.type == "cuda")
-            row |= dict(of_the_limit=tokens * weights / ours / rate, predicted_gb=plan.peak / 1e9)
+            peak = predict(config, stage, device, batch_size=rows_, max_length=length, gradient_checkpointing=checkpointing)
+            row |= dict(of_the_limit=tokens * weights / ours / rate, predicted_gb=peak / 1e9)
         rows.append(row)
         print_row(row)
     del sides
@@ -189,19 +194,22 @@ def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
 
 def growth(name: str, args, device: torch.device) -> list[dict]:
     """Our step time and peak memory for growing batches, with and without checkpointing and GradCache."""
-    rows = []
+    rows, config, few = [], make_config(name), max(args.batch // 2, 1)
     for checkpointing in (False, True):
         side = RandomOurs(name, device, checkpointing)
         side.add_lora()
-        for batch in (args.batch // 4, args.batch // 2, args.batch):
+        for batch in sorted({max(args.batch // 4, 1), few, args.batch}):
             ids = torch.randint(1000, 4000, (batch, args.length))
             pair = [t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000)]
             sentences = make_texts(4 * batch, 20, 100)
-            for label, task in (
-                (f"MNTP, batch {batch}", lambda s, pair=pair: s.mntp(*pair)),
-                (f"SimCSE, batch {4 * batch}", lambda s, x=sentences: s.simcse(x)),
-                (f"SimCSE, batch {4 * batch}, GradCache by {args.batch // 2}",
-                 lambda s, x=sentences: s.simcse_cached(x, args.batch // 2)),
+            longest = max(len(row.ids) for row in side.l2v.tokenizer.encode(sentences, max_length=128))
+            for label, task, stage, settings in (
+                (f"MNTP, {batch} x {args.length}", lambda s, pair=pair: s.mntp(*pair),
+                 "mntp", dict(batch_size=batch, max_length=args.length)),
+                (f"SimCSE, {4 * batch} twins", lambda s, x=sentences: s.simcse(x),
+                 "simcse", dict(batch_size=4 * batch, max_length=longest)),
+                (f"SimCSE, {4 * batch} twins, GradCache by {few}", lambda s, x=sentences: s.simcse_cached(x, few),
+                 "simcse", dict(batch_size=4 * batch, max_length=longest, micro_batch_size=few)),
             ):  # fmt: skip
                 peak_of(task, side, 0)  # the optimizer's moments come with the first step
                 peak = peak_of(task, side, 0)
@@ -210,8 +218,10 @@ def growth(name: str, args, device: torch.device) -> list[dict]:
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 row = dict(model=name, task=label + (", checkpointing" if checkpointing else ""))
-                rows.append(row | dict(ours_s=time.perf_counter() - start, ours_gb=peak / 1e9))
-                print_row(rows[-1])
+                row |= dict(ours_s=time.perf_counter() - start, ours_gb=peak / 1e9)
+                row["predicted_gb"] = predict(config, stage, device, gradient_checkpointing=checkpointing, **settings) / 1e9
+                rows.append(row)
+                print_row(row)
         del side
         free(device)
     return rows
@@ -264,7 +274,7 @@ def main() -> None:
         for name in args.models:
             rows += compare(name, args, device, rate)
     if "growth" in args.parts:
-        print("\n| model | task | step (s) | peak (GB) |")
+        print("\n| model | task | step (s) | peak (GB) | predicted (GB) |")
         for name in args.models:
             rows += growth(name, args, device)
     if "loading" in args.parts:
