@@ -92,8 +92,8 @@ def add_lora(
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Folds every adapter into its layer, in place."""
+    """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model."""
+    names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     with torch.no_grad():
-        for name, module in list(model.named_modules()):
-            if isinstance(module, LoRALinear):
-                _replace(model, name, module.merged())
+        for name in names:  # names, because a list of the modules would keep each unmerged weight to the end
+            _replace(model, name, model.get_submodule(name).merged())

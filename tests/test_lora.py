@@ -1,10 +1,12 @@
 """LoRALinear by its definition."""
 
+import weakref
+
 import pytest
 import torch
 from torch import nn
 
-from llm2vec_min.lora import TARGET_MODULES, LoRALinear, add_lora
+from llm2vec_min.lora import TARGET_MODULES, LoRALinear, add_lora, merge_lora
 
 
 def layer(dtype=torch.float32, dropout=0.0):
@@ -55,3 +57,18 @@ def test_bad_targets(decoder):
         add_lora(decoder, targets=["q_proj", "c_attn"])
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(decoder, r=0)
+
+
+def test_merging_lets_each_unmerged_weight_go_at_once(decoder, monkeypatch):
+    """Held to the end they would be a second copy of the model."""
+    chosen = add_lora(decoder, r=2)
+    before = [weakref.ref(decoder.get_submodule(name)) for name in chosen]
+    alive, merged = [], LoRALinear.merged
+
+    def counted(module):
+        alive.append(sum(ref() is not None for ref in before))
+        return merged(module)
+
+    monkeypatch.setattr(LoRALinear, "merged", counted)
+    merge_lora(decoder)
+    assert alive == list(range(len(chosen), 0, -1))
