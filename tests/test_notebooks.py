@@ -22,6 +22,8 @@ def test_committed_form(path):
     assert set(notebook.metadata) == {"kernelspec", "language_info"}, "no editor's metadata"
     outputs = [output for cell in code for output in cell.outputs]
     assert not [o for o in outputs if o.output_type == "error" or o.get("name") == "stderr"], "no errors, warnings, bars"
+    streams = [[o.get("name") for o in cell.outputs] for cell in code]
+    assert not [s for s in streams if s.count("stdout") > 1], "one block of text a cell: coalesce_streams=True"
     prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
     assert len(re.findall("<details>", prose)) == 3 and "**Exercise.**" in prose
 

@@ -6,7 +6,7 @@
 
 Needs tests/requirements.txt, no download. Prints tables and writes them as JSON (--output). Times are medians, the two sides
 taking turns; peak memory is each side's own, with its weights. "of the limit": operations (2 per weight and token forward, 2
-backward, 2 more with checkpointing) per second over those of a large bfloat16 matrix product, measured here.
+backward, 2 more with checkpointing, 2 with GradCache) per second over those of a large bfloat16 matrix product, measured here.
 """
 
 import argparse
@@ -141,9 +141,13 @@ def matrix_rate(device: torch.device) -> float:
     return best
 
 
-def predict(config: ModelConfig, stage: str, device: torch.device, **settings) -> float:
-    """Peak bytes that --dry-run would print."""
-    return memory.plan(config, Settings(attention_dropout=0.3, **settings), stage, on_gpu=device.type == "cuda").peak
+def theory(config: ModelConfig, stage: str, device: torch.device, rate: float, seconds: float, tokens: int, **settings) -> dict:
+    """What share of the machine's rate a step over that many tokens reached, and the peak that --dry-run would print."""
+    settings = Settings(attention_dropout=0.3, **settings)
+    passes = 4 + 2 * settings.gradient_checkpointing + 2 * (settings.micro_batch_size > 0)
+    weights = memory.count_parameters(config)["layer"] * config.num_hidden_layers
+    peak = memory.plan(config, settings, stage, on_gpu=device.type == "cuda").peak
+    return dict(of_the_limit=passes * weights * tokens / seconds / rate, predicted_gb=peak / 1e9)
 
 
 def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
@@ -160,15 +164,13 @@ def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
     ids = torch.randint(1000, 4000, (B, T))
     masked_ids, labels = (t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000))
     lengths = [len(row.ids) for row in sides[0].l2v.tokenizer.encode(sentences, max_length=128)]
-    passes = 6 if checkpointing else 4
     tasks = {
         f"encode {len(texts)} texts": (lambda s: s.encode(texts), 0, None),
-        f"MNTP {B} x {T}": (lambda s: s.mntp(masked_ids, labels), passes * B * T, ("mntp", B, T)),
-        f"SimCSE {len(sentences)} twins": (lambda s: s.simcse(sentences), passes * 2 * sum(lengths),
+        f"MNTP {B} x {T}": (lambda s: s.mntp(masked_ids, labels), B * T, ("mntp", B, T)),
+        f"SimCSE {len(sentences)} twins": (lambda s: s.simcse(sentences), 2 * sum(lengths),
                                            ("simcse", len(sentences), max(lengths))),  # fmt: skip
     }
     rows = []
-    weights = memory.count_parameters(config)["layer"] * config.num_hidden_layers
     for label, (task, tokens, shape) in tasks.items():
         if shape is not None and not hasattr(sides[0], "optimizer"):
             for i, side in enumerate(sides):
@@ -183,8 +185,8 @@ def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
         row = dict(model=name, task=label, ours_s=ours, theirs_s=theirs, ratio=ratio, ours_gb=peaks[0] / 1e9, theirs_gb=peaks[1] / 1e9)
         if shape is not None:
             stage, rows_, length = shape
-            peak = predict(config, stage, device, batch_size=rows_, max_length=length, gradient_checkpointing=checkpointing)
-            row |= dict(of_the_limit=tokens * weights / ours / rate, predicted_gb=peak / 1e9)
+            settings = dict(batch_size=rows_, max_length=length, gradient_checkpointing=checkpointing)
+            row |= theory(config, stage, device, rate, ours, tokens, **settings)
         rows.append(row)
         print_row(row)
     del sides
@@ -192,34 +194,35 @@ def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
     return rows
 
 
-def growth(name: str, args, device: torch.device) -> list[dict]:
+def growth(name: str, args, device: torch.device, rate: float) -> list[dict]:
     """Our step time and peak memory for growing batches, with and without checkpointing and GradCache."""
     rows, config, few = [], make_config(name), max(args.batch // 2, 1)
     for checkpointing in (False, True):
         side = RandomOurs(name, device, checkpointing)
         side.add_lora()
+        side.simcse(make_texts(4, 20, 100))  # the optimizer's moments come with the first step
         for batch in sorted({max(args.batch // 4, 1), few, args.batch}):
             ids = torch.randint(1000, 4000, (batch, args.length))
             pair = [t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000)]
             sentences = make_texts(4 * batch, 20, 100)
-            longest = max(len(row.ids) for row in side.l2v.tokenizer.encode(sentences, max_length=128))
+            lengths = [len(row.ids) for row in side.l2v.tokenizer.encode(sentences, max_length=128)]
+            twins = dict(tokens=2 * sum(lengths), batch_size=4 * batch, max_length=max(lengths))
             for label, task, stage, settings in (
                 (f"MNTP, {batch} x {args.length}", lambda s, pair=pair: s.mntp(*pair),
-                 "mntp", dict(batch_size=batch, max_length=args.length)),
-                (f"SimCSE, {4 * batch} twins", lambda s, x=sentences: s.simcse(x),
-                 "simcse", dict(batch_size=4 * batch, max_length=longest)),
+                 "mntp", dict(tokens=batch * args.length, batch_size=batch, max_length=args.length)),
+                (f"SimCSE, {4 * batch} twins", lambda s, x=sentences: s.simcse(x), "simcse", twins),
                 (f"SimCSE, {4 * batch} twins, GradCache by {few}", lambda s, x=sentences: s.simcse_cached(x, few),
-                 "simcse", dict(batch_size=4 * batch, max_length=longest, micro_batch_size=few)),
+                 "simcse", twins | dict(micro_batch_size=few)),
             ):  # fmt: skip
-                peak_of(task, side, 0)  # the optimizer's moments come with the first step
                 peak = peak_of(task, side, 0)
                 start = time.perf_counter()
                 task(side)
                 if device.type == "cuda":
                     torch.cuda.synchronize()
                 row = dict(model=name, task=label + (", checkpointing" if checkpointing else ""))
-                row |= dict(ours_s=time.perf_counter() - start, ours_gb=peak / 1e9)
-                row["predicted_gb"] = predict(config, stage, device, gradient_checkpointing=checkpointing, **settings) / 1e9
+                seconds = time.perf_counter() - start
+                row |= dict(ours_s=seconds, ours_gb=peak / 1e9)
+                row |= theory(config, stage, device, rate, seconds, gradient_checkpointing=checkpointing, **settings)
                 rows.append(row)
                 print_row(row)
         del side
@@ -274,9 +277,9 @@ def main() -> None:
         for name in args.models:
             rows += compare(name, args, device, rate)
     if "growth" in args.parts:
-        print("\n| model | task | step (s) | peak (GB) | predicted (GB) |")
+        print("\n| model | task | step (s) | peak (GB) | of the limit | predicted (GB) |")
         for name in args.models:
-            rows += growth(name, args, device)
+            rows += growth(name, args, device, rate)
     if "loading" in args.parts:
         print("\n| model | task | seconds | checkpoint (GB) | host memory (GB) |")
         rows += [loading(name, device) for name in args.models]
