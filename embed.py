@@ -16,11 +16,11 @@ from pathlib import Path
 import numpy as np
 from tqdm import tqdm
 
-from llm2vec_min import distributed
-from llm2vec_min.cli import refuse, run
-from llm2vec_min.config import PRESETS, write_json
+from llm2vec_min.cli import add_model_flags, run
 from llm2vec_min.data import iter_lines
-from llm2vec_min.encoder import DTYPES, LLM2Vec
+from llm2vec_min.device import barrier, rank, start_process, stop_process, world_size
+from llm2vec_min.encoder import LLM2Vec
+from llm2vec_min.files import write_json
 from llm2vec_min.pooling import POOLING_MODES
 
 CHUNK = 64  # batches tokenized, sorted by length and written at a time: memory does not grow with the file
@@ -29,12 +29,8 @@ NOT_IN_THE_VECTORS = ("device", "texts", "output")  # arguments that a continued
 
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.error = refuse
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to compare with each other")
-    parser.add_argument("--model", default="tiny",
-                        help=f"a run's output folder, a checkpoint folder, a hub id or a preset ({', '.join(PRESETS)}) [tiny]")  # fmt: skip
-    parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
-                        help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
+    add_model_flags(parser, default="tiny")
     parser.add_argument("--input", metavar="FILE", help='.txt (a text a line) or .jsonl (field "text"), also .gz, .xz')
     parser.add_argument("--output", metavar="X.npy", help="where to write the (N, C) float32 array; row i is line i")
     parser.add_argument("--instruction", help='put before each text and not pooled, such as "Retrieve similar texts:"')
@@ -43,8 +39,6 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass [32]")
     parser.add_argument("--max-length", type=int, help="tokens per text; longer ones are cut [the model's own, 512]")
     parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own: both ways]")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the weights [float32]")
-    parser.add_argument("--device", help="cpu, cuda, mps [the first GPU if there is one]")
     return parser
 
 
@@ -89,28 +83,27 @@ def open_part(args: argparse.Namespace, shape: tuple[int, int], chunk: int) -> t
 def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     """Writes the vectors of a file's lines, a chunk at a time, beside the output and renames it when complete. Every
     `world_size`-th chunk is this process's; chunks that an earlier run has written are skipped."""
-    rank, world_size = distributed.rank(), distributed.world_size()
     output, chunk = Path(args.output), CHUNK * args.batch_size
     shape = (count, l2v.decoder.config.hidden_size)
-    if rank == 0:
+    if rank() == 0:
         open_part(args, shape, chunk)
-    distributed.barrier()
+    barrier()
     vectors, done = open_part(args, shape, chunk)
-    if rank == 0 and done.any():
+    if rank() == 0 and done.any():
         print(f"continuing: {done.sum()} of {len(done)} chunks of {chunk} texts are there")
     lines = iter_lines(args.input, keep_empty=True)
-    with tqdm(total=count, desc="embedding", unit="text", disable=rank > 0) as bar:
+    with tqdm(total=count, desc="embedding", unit="text", disable=rank() > 0) as bar:
         for number in range(len(done)):
             texts, first = list(itertools.islice(lines, chunk)), number * chunk
-            if number % world_size == rank and not done[number]:
+            if number % world_size() == rank() and not done[number]:
                 rows = l2v.encode(texts, args.instruction, batch_size=args.batch_size, normalize=args.normalize)
                 vectors[first : first + len(texts)] = rows
                 vectors.flush()
                 done[number] = 1  # after its vectors are on the disk
                 done.flush()
             bar.update(len(texts))
-    distributed.barrier()
-    if rank == 0:
+    barrier()
+    if rank() == 0:
         names = [output.with_name(output.name + end) for end in (".part", ".part.done", ".part.json")]
         os.replace(names[0], output)
         for name in names[1:]:
@@ -128,7 +121,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.output and not args.output.endswith(".npy"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npy")
-    device = distributed.start(args.device)
+    device = start_process(args.device)
     count = sum(1 for _ in iter_lines(args.input, keep_empty=True)) if args.input else 0
     if args.input and count == 0:
         raise ValueError(f"{args.input}: no text in it")
@@ -145,7 +138,7 @@ def main(argv: list[str]) -> None:
         embed_file(l2v, args, count)
     else:
         print_table(l2v, args)
-    distributed.stop()
+    stop_process()
 
 
 if __name__ == "__main__":

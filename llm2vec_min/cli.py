@@ -2,15 +2,31 @@
 
 from __future__ import annotations
 
+import argparse
 import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from .config import PRESETS
+from .device import DTYPES
+
 
 def refuse(message: str) -> NoReturn:
     """For `ArgumentParser.error`: argparse's complaint as the same one line, without the usage."""
     raise ValueError(message)
+
+
+def add_model_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+    """The flags of every command that uses an encoder: which one, and how it runs."""
+    parser.error = refuse
+    shown = f" [{default}]" if default else ""
+    parser.add_argument("--model", default=default, required=default is None,
+                        help=f"a run's output folder, a checkpoint folder, a hub id or a preset ({', '.join(PRESETS)}){shown}")  # fmt: skip
+    parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
+                        help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights [bfloat16 on a GPU, float32 on the CPU]")
+    parser.add_argument("--device", help="cpu, cuda, mps [the first GPU if there is one]")
 
 
 def run(main: Callable[[list[str]], None]) -> None:

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-import json
-import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from .files import read_json
 
 # What transformers assumes when config.json leaves a field out (its LlamaConfig, MistralConfig and Qwen2Config).
 FAMILY_DEFAULTS = {
@@ -168,21 +168,3 @@ for _short, _repo, _base in (
     PRESETS[f"llm2vec-{_short}-mntp"] = replace(PRESETS[_base], model=_mntp)
     for _last in ("unsup-simcse", "supervised"):
         PRESETS[f"llm2vec-{_short}-{_last}"] = replace(PRESETS[_base], model=_mntp, adapters=(f"{_mntp}-{_last}",))
-
-
-def read_json(path: str | Path) -> dict:
-    """A JSON object from a file; ValueError that names the file when it holds anything else."""
-    try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise ValueError(f"{path}: not a readable JSON file ({error})") from None
-    if not isinstance(value, dict):
-        raise ValueError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
-    return value
-
-
-def write_json(path: str | Path, value: dict) -> None:
-    """Writes atomically: a killed run leaves the old file or the new one, never half of one."""
-    beside = Path(f"{path}.part")
-    beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, path)

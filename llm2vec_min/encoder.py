@@ -12,17 +12,18 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import PRESETS, read_json, write_json
+from .config import PRESETS
+from .device import pick_device, pick_dtype
+from .files import new_folder, read_json, write_json
 from .hub import find_preset, resolve
 from .lora import merge_lora
 from .model import Decoder
 from .pooling import POOLING_MODES, pool
 from .tokenizer import Tokenizer
-from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_language_model, save_adapter
+from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
 
 MAX_TOKENS = (65536, 1024)  # per forward pass in `encode`: enough to fill a GPU, a CPU
 LLM2VEC_CONFIG = "llm2vec_config.json"
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 # The authors' llm2vec_config.json, which has the same fields, names two poolings otherwise.
@@ -112,7 +113,7 @@ class LLM2Vec(nn.Module):
         causal: bool | None = None,
         pooling: str | None = None,
         max_length: int | None = None,
-        dtype: str | torch.dtype = "float32",
+        dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         lm_head: bool = False,
     ) -> LLM2Vec:
@@ -121,16 +122,14 @@ class LLM2Vec(nn.Module):
         Args:
             adapters: further PEFT folders or hub ids, merged on top.
             causal, pooling, max_length: default to what the folder was saved with, else False, "mean", 512.
-            dtype: of the weights: float32 or bfloat16.
+            dtype: of the weights: float32 or bfloat16; default: bfloat16 on a GPU, float32 on the CPU.
             device: default: the first GPU if there is one, else the CPU.
             lm_head: also load the base's output head, as `.lm_head`; MNTP needs it.
         Raises:
             ValueError: what is wrong with the name, the files, or an adapter that is for another model.
         """
-        dtype = DTYPES.get(dtype, dtype)
-        if dtype not in DTYPES.values():
-            raise ValueError(f"dtype is {dtype!r}, expected one of {', '.join(DTYPES)}")
         device = pick_device(device)
+        dtype = pick_dtype(dtype, device)
         base, chain, settings = find_chain(name)
         for adapter in adapters:
             chain.append(resolve(adapter))
@@ -248,11 +247,52 @@ class LLM2Vec(nn.Module):
 
     # ---- to disk ----
 
-    def save(self, output: str | Path, **options) -> None:
-        """One folder with merged weights for transformers and sentence-transformers too; see `export.export`."""
-        from .export import export  # around the encoder, not part of it
+    def save(self, output: str | Path, *, dtype: str | torch.dtype | None = None, overwrite: bool = False) -> None:
+        """Writes one plain folder with all adapters merged, for `from_pretrained`; `interop.export_model` writes what
+        transformers and sentence-transformers load, too.
 
-        export(self, output, **options)
+        Args:
+            dtype: of the stored weights; default: as they are.
+            overwrite: replace an earlier folder of this kind.
+        Raises:
+            ValueError: the folder exists, or cannot be written.
+        """
+        self.check_place(output, overwrite)
+        with new_folder(output) as folder:
+            self.write_merged(folder, dtype)
+
+    def check_place(self, output: str | Path, overwrite: bool) -> None:
+        """ValueError unless `output` is free, or a merged folder that may be replaced (never a run: it holds what cannot be
+        made again)."""
+        config = Path(output) / LLM2VEC_CONFIG
+        is_merged = config.is_file() and "exported_from" in read_json(config)
+        if Path(output).exists() and not (overwrite and is_merged):
+            reason = "already exists; --overwrite replaces an export" if not overwrite else "exists and is no export"
+            raise ValueError(f"--output {output}: {reason}")
+
+    def write_merged(self, folder: Path, dtype: str | torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
+        """Merged weights, config, tokenizer and llm2vec_config.json into an empty folder."""
+        dtype = pick_dtype(dtype or self.decoder.norm.weight.dtype, self.device)
+        save_checkpoint(self.decoder, folder, dtype, max_shard_bytes)
+        config = self.decoder.config
+        window = config.sliding_window
+        if window is not None and self.max_length <= window:
+            window = None  # no text is long enough for it to matter, and some versions of transformers lose is_causal with it
+        name = str(dtype).removeprefix("torch.")
+        # transformers >= 5.2 builds a bidirectional mask from is_causal, and from nothing else
+        changes = {"is_causal": self.causal, "sliding_window": window, "torch_dtype": name, "dtype": name}
+        write_json(folder / "config.json", config.to_dict() | changes | {"pad_token_id": self.tokenizer.pad_id})
+        self.tokenizer.save(folder)
+        write_json(folder / LLM2VEC_CONFIG, {**self.settings(), "exported_from": self.base_model})
+
+    def settings(self) -> dict:
+        """What llm2vec_config.json says of how this encoder reads and pools a text."""
+        return {
+            "causal": self.causal,
+            "pooling_mode": self.pooling,
+            "max_length": self.max_length,
+            "template": list(self.template),
+        }
 
     def save_run(self, output: str | Path, stage: str) -> None:
         """Writes a stage's result: all but the base weights, so that the folder can be moved and loaded by its name.
@@ -279,10 +319,7 @@ class LLM2Vec(nn.Module):
                 "base_model_name_or_path": self.base_model,
                 "adapters": [*names, "."],
                 "stage": stage,
-                "causal": self.causal,
-                "pooling_mode": self.pooling,
-                "max_length": self.max_length,
-                "template": list(self.template),
+                **self.settings(),
             },
         )
 
@@ -298,19 +335,3 @@ def sorted_batches(lengths: list[int], batch_size: int, max_tokens: int) -> Iter
         batch.append(i)
     if batch:
         yield batch
-
-
-def pick_device(name: str | torch.device | None) -> torch.device:
-    """The named device, or the first GPU if there is one, else the CPU.
-
-    Raises:
-        ValueError: a device that this machine does not have.
-    """
-    if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as error:
-        raise ValueError(f"device {str(name)!r} is not available ({str(error).splitlines()[0]})") from None
-    return device

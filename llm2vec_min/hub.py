@@ -6,7 +6,8 @@ import fnmatch
 import re
 from pathlib import Path
 
-from .config import PRESETS, Preset, read_json
+from .config import PRESETS, Preset
+from .files import read_json
 
 FILES = (
     "config.json",

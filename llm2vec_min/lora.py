@@ -44,11 +44,16 @@ class LoRALinear(nn.Linear):
         a = F.linear(a, self.lora_A.weight.to(x.dtype))  # (B, T, R)
         return y + F.linear(a, self.lora_B.weight.to(x.dtype)) * self.scaling
 
-    def merged(self) -> nn.Linear:
-        """The plain layer that computes the same (without dropout): W + (alpha / r) B A, in float32, then cast."""
-        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+    @torch.no_grad()
+    def merged_weight(self) -> Tensor:
+        """W + (alpha / r) B A, summed in float32, in W's dtype; (out, in)."""
         update = self.scaling * self.lora_B.weight @ self.lora_A.weight
-        linear.weight = nn.Parameter((self.weight.float() + update).to(self.weight.dtype), requires_grad=False)
+        return (self.weight.float() + update).to(self.weight.dtype)
+
+    def merged(self) -> nn.Linear:
+        """The plain layer that computes the same (without dropout)."""
+        linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
+        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         linear.bias = self.bias
         return linear
 

@@ -10,7 +10,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from .config import read_json
+from .files import read_json
 
 
 class Encoded(NamedTuple):

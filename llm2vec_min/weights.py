@@ -11,7 +11,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import ModelConfig, read_json, write_json
+from .config import ModelConfig
+from .files import read_json, write_json
 from .lora import LoRALinear, add_lora
 from .model import Decoder, LanguageModel
 
@@ -155,13 +156,15 @@ def load_language_model(folder: str | Path, device="cpu", dtype: torch.dtype = t
 def save_checkpoint(model: nn.Module, folder: str | Path, dtype: torch.dtype, max_shard_bytes: int = 5 * 10**9) -> None:
     """Writes a model's weights as safetensors, in shards when they are larger than one; tied heads are left out.
 
-    Each file is written beside its place and renamed, the index last.
+    Layers with an adapter are merged one by one on their way to the file: the model stays as it is, and memory grows
+    by one shard. Each file is written beside its place and renamed, the index last.
     """
     folder = Path(folder)
     tied = isinstance(model, LanguageModel) and model.config.tie_word_embeddings
     shards, size = [{}], 0
+    adapted = {name + ".weight": m for name, m in model.named_modules() if isinstance(m, LoRALinear)}
     for name, tensor in model.state_dict().items():
-        if tied and name == "lm_head.weight":
+        if ".lora_" in name or (tied and name == "lm_head.weight"):
             continue
         nbytes = tensor.numel() * dtype.itemsize
         if shards[-1] and size + nbytes > max_shard_bytes:
@@ -172,7 +175,10 @@ def save_checkpoint(model: nn.Module, folder: str | Path, dtype: torch.dtype, ma
     weight_map = {}
     for number, shard in enumerate(shards, 1):
         name = SINGLE if len(shards) == 1 else f"model-{number:05}-of-{len(shards):05}.safetensors"
-        tensors = {key: tensor.detach().to("cpu", dtype).contiguous() for key, tensor in shard.items()}
+        tensors = {}
+        for key, tensor in shard.items():
+            whole = adapted[key].merged_weight() if key in adapted else tensor.detach()
+            tensors[key] = whole.to("cpu", dtype).contiguous()
         save_file(tensors, folder / (name + ".part"), metadata={"format": "pt"})
         os.replace(folder / (name + ".part"), folder / name)
         weight_map |= dict.fromkeys(shard, name)

@@ -12,7 +12,8 @@ import torch
 import train
 from conftest import TEXTS
 
-from llm2vec_min import LLM2Vec, export
+from llm2vec_min import LLM2Vec
+from llm2vec_min.interop import export
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "3", "--batch-size", "4", "--device", "cpu"]

@@ -15,7 +15,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.data import iter_lines, pack_blocks, read_pairs
 from llm2vec_min.evaluation import sts_score
-from llm2vec_min.pretrain import next_token_loss
+from llm2vec_min.training.pretrain import next_token_loss
 from llm2vec_min.weights import load_language_model
 
 TINY = Path(PRESETS["tiny"].model)

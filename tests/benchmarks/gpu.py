@@ -27,11 +27,11 @@ from speed import Libraries, Ours, alternate, make_texts
 
 from llm2vec_min import LLM2Vec, ModelConfig, memory
 from llm2vec_min.config import PRESETS
-from llm2vec_min.mntp import mask_tokens
+from llm2vec_min.training.mntp import mask_tokens
 from llm2vec_min.model import Decoder, init_weights, set_attention_dropout
-from llm2vec_min.simcse import backward
+from llm2vec_min.training.simcse import backward
 from llm2vec_min.tokenizer import Tokenizer
-from llm2vec_min.training import Settings
+from llm2vec_min.training.loop import Settings
 from llm2vec_min.weights import load_decoder, save_checkpoint
 
 TINY = PRESETS["tiny"].model

@@ -24,11 +24,11 @@ from sentence_transformers import SentenceTransformer
 
 sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from llm2vec_min import LLM2Vec
-from llm2vec_min.encoder import DTYPES
+from llm2vec_min.device import DTYPES
 from llm2vec_min.lora import TARGET_MODULES, add_lora
-from llm2vec_min.mntp import mask_tokens, mntp_loss
+from llm2vec_min.training.mntp import mask_tokens, mntp_loss
 from llm2vec_min.model import set_attention_dropout
-from llm2vec_min.simcse import embed_twins, info_nce
+from llm2vec_min.training.simcse import embed_twins, info_nce
 
 WORDS = "the of a cat dog river mountain walks quickly under seven green houses because nobody knows what time it was".split()
 ATTENTION_DROPOUT, LORA_DROPOUT, TEMPERATURE = 0.3, 0.05, 0.05

@@ -9,7 +9,7 @@ import torch
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
-from llm2vec_min.simcse import embed_twins, explain, info_nce, tokenize
+from llm2vec_min.training.simcse import embed_twins, explain, info_nce, tokenize
 
 
 def by_hand(queries, candidates, temperature):

@@ -12,9 +12,9 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.evaluation import ranks, spearman
 from llm2vec_min.lora import add_lora
-from llm2vec_min.mntp import train_mntp
-from llm2vec_min.simcse import train_simcse
-from llm2vec_min.training import Settings, get_lr, open_output
+from llm2vec_min.training.mntp import train_mntp
+from llm2vec_min.training.simcse import train_simcse
+from llm2vec_min.training.loop import Settings, get_lr, open_output
 
 QUICK = dict(steps=6, batch_size=4, max_length=16, lr=1e-3, save_every=2, eval_every=100)
 

@@ -15,10 +15,10 @@ import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors, trainers
 from torch import Tensor
 
-from .config import write_json
-from .data import batches
-from .model import LanguageModel
-from .training import Loop, Settings
+from ..data import batches
+from ..files import write_json
+from ..model import LanguageModel
+from .loop import Loop, Settings
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 

@@ -17,8 +17,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..device import barrier, rank, world_size
+from ..files import write_json
 from . import distributed
-from .config import write_json
 
 CHECKPOINT = "checkpoint.safetensors"
 METRICS = "metrics.jsonl"
@@ -80,8 +81,8 @@ def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         ValueError: the folder already holds something, or there is nothing to resume, or not with these arguments.
     """
     output = Path(output)
-    if distributed.rank() > 0:
-        distributed.barrier()  # until process 0 has made it
+    if rank() > 0:
+        barrier()  # until process 0 has made it
         return output
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file, expected a folder")
@@ -93,7 +94,7 @@ def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         if changed:
             found = ", ".join(f"{name} was {before.get(name)!r}, is {arguments[name]!r}" for name in changed)
             raise ValueError(f"--resume: {output} was started with other arguments: {found}")
-        distributed.barrier()
+        barrier()
         return output
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
@@ -108,7 +109,7 @@ def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         write_json(output / ARGUMENTS, arguments)
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error})") from None
-    distributed.barrier()
+    barrier()
     return output
 
 
@@ -137,12 +138,12 @@ class Loop:
         resume: bool = False,
         quiet: bool = False,
     ):
-        if settings.batch_size % distributed.world_size():
+        if settings.batch_size % world_size():
             raise ValueError(
-                f"--batch-size is {settings.batch_size}, which {distributed.world_size()} processes do not divide evenly"
+                f"--batch-size is {settings.batch_size}, which {world_size()} processes do not divide evenly"
             )
         self.model, self.settings, self.output, self.quiet = model, settings, output, quiet
-        self.is_main = distributed.rank() == 0  # who writes and reports
+        self.is_main = rank() == 0  # who writes and reports
         self.evaluate = evaluate
         self.parameters = trainable_parameters(model)
         self.optimizer = torch.optim.AdamW(
@@ -180,13 +181,13 @@ class Loop:
 
     def micro_batches(self) -> list[slice]:
         """This process's rows of the batch, as many at a time as one forward pass takes."""
-        share = self.settings.batch_size // distributed.world_size()
-        first, size = distributed.rank() * share, self.settings.micro_batch_size or share
+        share = self.settings.batch_size // world_size()
+        first, size = rank() * share, self.settings.micro_batch_size or share
         return [slice(first + i, first + min(i + size, share)) for i in range(0, share, size)]
 
     def seed_dropout(self, part: int = 0) -> None:
         """Before forward pass `part` of a step: the same noise each time for it, another for any other process."""
-        seed_torch(self.settings.seed, self.step, distributed.rank() + 1, part)
+        seed_torch(self.settings.seed, self.step, rank() + 1, part)
 
     def update(self, loss: Tensor, tokens: int) -> None:
         """The end of a step: gradients of all processes added up, clipping, optimizer step, report.

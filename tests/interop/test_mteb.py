@@ -7,7 +7,7 @@ import pytest
 
 from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import cosine_scores, spearman
-from llm2vec_min.mteb_adapter import MTEBEncoder
+from llm2vec_min.interop.mteb_adapter import MTEBEncoder
 
 mteb = pytest.importorskip("mteb")
 datasets = pytest.importorskip("datasets")

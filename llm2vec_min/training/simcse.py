@@ -14,12 +14,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ..data import batches
+from ..device import rank, world_size
+from ..encoder import LLM2Vec
+from ..model import set_attention_dropout
+from ..pooling import pool
 from . import distributed
-from .data import batches
-from .encoder import LLM2Vec
-from .model import set_attention_dropout
-from .pooling import pool
-from .training import Loop, Settings
+from .loop import Loop, Settings
 
 
 def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05) -> Tensor:
@@ -67,12 +68,12 @@ def backward(l2v: LLM2Vec, parts: list[list], temperature: float, seed_dropout: 
     twins = distributed.gather(torch.cat(mine)).requires_grad_()  # (B, 2, C), those of all processes
     loss = info_nce(twins[:, 0], twins[:, 1], temperature)
     (gradient,) = torch.autograd.grad(loss, twins)
-    gradient = gradient.chunk(distributed.world_size())[distributed.rank()]  # of this process's vectors
+    gradient = gradient.chunk(world_size())[rank()]  # of this process's vectors
 
     for part, of_vectors in enumerate(gradient.split([len(sentences) for sentences in parts])):
         vectors = mine[0] if len(parts) == 1 else embed(part)
         vectors.backward(of_vectors)
-    return loss / distributed.world_size()
+    return loss / world_size()
 
 
 @torch.no_grad()

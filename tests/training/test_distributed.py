@@ -16,12 +16,12 @@ import train
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import pack_blocks
 from llm2vec_min.lora import add_lora
-from llm2vec_min.mntp import mask_tokens, mntp_loss
+from llm2vec_min.training.mntp import mask_tokens, mntp_loss
 from llm2vec_min.model import set_attention_dropout
-from llm2vec_min.simcse import backward, embed_twins, info_nce
-from llm2vec_min.training import seed_torch, trainable_parameters
+from llm2vec_min.training.simcse import backward, embed_twins, info_nce
+from llm2vec_min.training.loop import seed_torch, trainable_parameters
 
-ROOT = Path(__file__).parent.parent
+ROOT = Path(__file__).parent.parent.parent
 STEPS = 4
 
 
@@ -181,7 +181,7 @@ def test_chunked_logits_and_parts_of_a_batch_change_nothing(model_folder, monkey
     expected = {name: gradient.clone() for name, gradient in gradients(l2v).items()}
     l2v.decoder.zero_grad()
 
-    monkeypatch.setattr("llm2vec_min.mntp.LOGITS_AT_ONCE", logits_at_once)
+    monkeypatch.setattr("llm2vec_min.training.mntp.LOGITS_AT_ONCE", logits_at_once)
     count, total = int((labels != -100).sum()), 0.0
     for rows in (slice(0, 3), slice(3, 8)):
         part = mntp_loss(l2v.decoder, l2v.lm_head, masked_ids[rows], labels[rows], count)

@@ -6,21 +6,9 @@ from pathlib import Path
 
 import numpy as np
 
-from .data import read_pairs
-from .encoder import LLM2Vec
-
-
-def ranks(values: np.ndarray) -> np.ndarray:
-    """Ranks from 1, ties sharing their mean rank; (N,) -> (N,) float64."""
-    _, inverse, counts = np.unique(values, return_inverse=True, return_counts=True)
-    last = counts.cumsum()  # rank of the last of each group of equal values
-    return (last - (counts - 1) / 2)[inverse]
-
-
-def spearman(a: np.ndarray, b: np.ndarray) -> float:
-    """Rank correlation of two (N,) arrays, in [-1, 1]; nan when one of them is constant."""
-    with np.errstate(invalid="ignore"):
-        return float(np.corrcoef(ranks(a), ranks(b))[0, 1])
+from ..data import read_pairs
+from ..encoder import LLM2Vec
+from .metrics import spearman
 
 
 def cosine_scores(l2v: LLM2Vec, first: list[str], second: list[str], batch_size: int = 32) -> np.ndarray:

@@ -11,8 +11,8 @@ from sentence_transformers import SentenceTransformer
 from test_weights import randomize
 
 from llm2vec_min import LLM2Vec
-from llm2vec_min import export as export_module
-from llm2vec_min.export import export, main
+from llm2vec_min.interop import export as export_module
+from llm2vec_min.interop.export import export_model, main
 from llm2vec_min.lora import add_lora, merge_lora
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -37,7 +37,7 @@ def make(tmp_path, kind="llama-2", variant="llama", **options):
 @pytest.mark.parametrize("pooling", ["mean", "max", "last", "first"])
 def test_sentence_transformers(tmp_path, kind, pooling):
     l2v = make(tmp_path, kind, pooling=pooling)
-    export(l2v, tmp_path / "out", prompts={"query": INSTRUCTION})
+    export_model(l2v, tmp_path / "out", prompts={"query": INSTRUCTION})
     theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     expected, told = l2v.encode(SOME), l2v.encode(SOME, INSTRUCTION)
     for batch_size in (1, 3, 32):
@@ -52,7 +52,7 @@ def test_sentence_transformers(tmp_path, kind, pooling):
 def test_transformers_and_this_project(tmp_path, variant, causal):
     kind = "smollm2" if variant == "qwen2" else "llama-2"  # transformers forces a byte-level tokenizer on a Qwen2 model
     l2v = make(tmp_path, kind, variant, causal=causal, max_length=64)
-    export(l2v, tmp_path / "out")
+    export_model(l2v, tmp_path / "out")
     model = transformers.AutoModel.from_pretrained(tmp_path / "out")
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
     batch = tokenizer(SOME, return_tensors="pt", padding=True)
@@ -68,7 +68,7 @@ def test_transformers_and_this_project(tmp_path, variant, causal):
 
 def test_normalize_length_and_similarity(tmp_path):
     l2v = make(tmp_path, max_length=9)
-    export(l2v, tmp_path / "out", normalize=True)
+    export_model(l2v, tmp_path / "out", normalize=True)
     theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
     assert theirs.max_seq_length == 9 and theirs.similarity_fn_name == "cosine"
     np.testing.assert_allclose(theirs.encode(SOME), l2v.encode(SOME, normalize=True), **TOLERANCE)
@@ -85,7 +85,7 @@ def test_save_merges_an_adapter_in_training(tmp_path):
 
 def test_shards_bfloat16_and_card(tmp_path):
     l2v = make(tmp_path)
-    export(l2v, tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=50_000, scores={"STS-B dev": 71.5})
+    export_model(l2v, tmp_path / "out", dtype=torch.bfloat16, max_shard_bytes=50_000, scores={"STS-B dev": 71.5})
     assert len(list((tmp_path / "out").glob("model-*.safetensors"))) > 1
     model = transformers.AutoModel.from_pretrained(tmp_path / "out")
     assert model.dtype == torch.bfloat16
@@ -108,9 +108,9 @@ def test_refused_where_equality_is_impossible(tmp_path, options, change, message
     for name, value in change.items():
         setattr(l2v, name, value)
     with pytest.raises(ValueError, match=message):
-        export(l2v, tmp_path / "out")
+        export_model(l2v, tmp_path / "out")
     assert not (tmp_path / "out").exists()
-    export(l2v, tmp_path / "out", sentence_transformers=False)
+    export_model(l2v, tmp_path / "out", sentence_transformers=False)
     np.testing.assert_allclose(LLM2Vec.from_pretrained(tmp_path / "out").encode(SOME), l2v.encode(SOME), **TOLERANCE)
 
 
@@ -123,18 +123,18 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(export_module, "_write_tokenizer", fail)
         with pytest.raises(ValueError, match="cannot be written .no space left"):
-            export(l2v, tmp_path / "out")
+            export_model(l2v, tmp_path / "out")
     assert sorted(p.name for p in tmp_path.iterdir()) == ["base"]
-    export(l2v, tmp_path / "out")
+    export_model(l2v, tmp_path / "out")
     with pytest.raises(ValueError, match="already exists"):
-        export(l2v, tmp_path / "out")
-    export(l2v, tmp_path / "out", overwrite=True)
+        export_model(l2v, tmp_path / "out")
+    export_model(l2v, tmp_path / "out", overwrite=True)
     add_lora(l2v.decoder, r=2)
     (tmp_path / "run").mkdir()
     l2v.save_run(tmp_path / "run", "simcse")
     for precious in ("base", "run"):
         with pytest.raises(ValueError, match="exists and is no export"):
-            export(l2v, tmp_path / precious, overwrite=True)
+            export_model(l2v, tmp_path / precious, overwrite=True)
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 

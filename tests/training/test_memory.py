@@ -8,10 +8,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
 from llm2vec_min.lora import add_lora
-from llm2vec_min.memory import count_adapter, count_parameters, plan
-from llm2vec_min.mntp import mntp_loss
+from llm2vec_min.training.memory import count_adapter, count_parameters, plan
+from llm2vec_min.training.mntp import mntp_loss
 from llm2vec_min.model import Decoder, set_attention_dropout
-from llm2vec_min.training import Settings
+from llm2vec_min.training.loop import Settings
 
 SHAPES = {
     "1.3b": (2048, 24, 16, 16, 5504),
@@ -100,7 +100,7 @@ def test_prediction(monkeypatch, shape, stage, changes, on_gpu):
         pytest.skip("nobody trains 7B on a CPU")
     settings = Settings(**(dict(attention_dropout=0.0 if on_gpu else 0.3) | changes))  # flash keeps no probabilities
     config = make_config(*SHAPES[shape])
-    monkeypatch.setattr("llm2vec_min.mntp.chosen_states", chosen_share(settings.mask_probability))
+    monkeypatch.setattr("llm2vec_min.training.mntp.chosen_states", chosen_share(settings.mask_probability))
     if on_gpu:
         like_a_gpu(monkeypatch)
     base, trained, peak = measure(config, settings, stage)

@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from .data import batches
-from .encoder import LLM2Vec
-from .model import Decoder
-from .tokenizer import Tokenizer
-from .training import Loop, Settings
+from ..data import batches
+from ..encoder import LLM2Vec
+from ..model import Decoder
+from ..tokenizer import Tokenizer
+from .loop import Loop, Settings
 
 MASK_STYLES = ("bert", "all")
 IGNORED = -100  # label of a position that is not predicted

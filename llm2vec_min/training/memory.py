@@ -5,11 +5,16 @@ Counted from what autograd keeps for the backward pass, tensor by tensor, as `mo
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 
-from .config import ModelConfig
+import torch
+
+from ..config import ModelConfig
+from ..device import DTYPES
+from ..hub import resolve
+from .loop import Settings
 from .mntp import LOGITS_AT_ONCE
-from .training import Settings
 
 
 @dataclass
@@ -139,6 +144,34 @@ def plan(
     if not settings.gradient_checkpointing:
         lower["activations"] = f"--gradient-checkpointing or {smaller}"
     return Plan(layers + count["embedding"] + C + head, adapter, total, operations, memory, lower)
+
+
+def plan_run(model: str, stage: str, settings: Settings, device: str | None, dtype: str | None, sharded: bool) -> Plan:
+    """The plan of what train.py was told, from the model's config.json alone; `WORLD_SIZE` counts the processes.
+
+    Raises:
+        ValueError: no such model, or a batch that the processes do not divide.
+    """
+    config = ModelConfig.from_folder(resolve(model, ("config.json",)))
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if settings.batch_size % processes:
+        raise ValueError(f"--batch-size is {settings.batch_size}, which {processes} processes do not divide evenly")
+    on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
+    size = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")].itemsize
+    return plan(config, settings, stage, size=size, processes=processes, sharded=sharded, on_gpu=on_gpu)
+
+
+def is_out_of_memory(error: RuntimeError) -> bool:
+    """A GPU's, or the CPU's, whose kind torch does not name."""
+    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+
+
+def advise(plan: Plan, device: torch.device) -> str:
+    """After running out of memory: what takes the most, and which flag lowers it."""
+    return (
+        f"{device} has too little memory. Of the {plan.peak / 1e9:.1f} GB that were to be expected, "
+        f"{plan.memory[plan.largest] / 1e9:.1f} GB are {plan.largest}: try {plan.lower[plan.largest]}; --dry-run shows every item"
+    )
 
 
 def describe(plan: Plan) -> str:

@@ -1,4 +1,4 @@
-"""Several processes, one per GPU, as `torchrun` starts them; without it, one process alone.
+"""Training in several processes: gradients added up, vectors gathered, the base spread over them.
 
 Each process holds the model and the whole adapter, and trains on its share of every batch. Gradients are added up once
 a step, in one message, which is what DistributedDataParallel does: an adapter is small, and so GradCache, checkpointing
@@ -8,52 +8,13 @@ together only while it runs.
 
 from __future__ import annotations
 
-import os
-
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from .encoder import pick_device
-from .lora import LoRALinear
-from .model import Decoder
-
-
-def rank() -> int:
-    """This process's number, from 0. Process 0 writes files and reports."""
-    return dist.get_rank() if dist.is_initialized() else 0
-
-
-def world_size() -> int:
-    return dist.get_world_size() if dist.is_initialized() else 1
-
-
-def start(device: str | None) -> torch.device:
-    """Joins the other processes if `torchrun` started this one, and picks the device: on GPUs, each process its own.
-
-    Raises:
-        ValueError: a device that this machine does not have.
-    """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
-        return pick_device(device)
-    if device in (None, "cuda") and torch.cuda.is_available():
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-    picked = pick_device(device)
-    if picked.type == "cuda":
-        torch.cuda.set_device(picked)
-    if not dist.is_initialized():
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
-    return picked
-
-
-def stop() -> None:
-    if dist.is_initialized():
-        dist.destroy_process_group()
-
-
-def barrier() -> None:
-    if dist.is_initialized():
-        dist.barrier()
+from ..device import world_size
+from ..lora import LoRALinear
+from ..model import Decoder
 
 
 def add_up(tensors: list[Tensor]) -> None:

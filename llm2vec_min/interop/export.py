@@ -1,25 +1,20 @@
 """A trained encoder as one folder of merged weights that transformers and sentence-transformers load, with equal vectors.
 
-    python -m llm2vec_min.export --model runs/simcse --output exported --dtype bfloat16
+    python -m llm2vec_min.interop.export --model runs/simcse --output exported --dtype bfloat16
 """
 
 from __future__ import annotations
 
 import argparse
-import copy
 import json
-import os
-import shutil
 from pathlib import Path
 
 import torch
 from tokenizers import Regex, Tokenizer, normalizers
 
-from .cli import refuse, run
-from .config import read_json, write_json
-from .encoder import DTYPES, LLM2VEC_CONFIG, LLM2Vec
-from .lora import LoRALinear, merge_lora
-from .weights import save_checkpoint
+from ..cli import add_model_flags, run
+from ..encoder import LLM2Vec
+from ..files import new_folder, read_json, write_json
 
 # sentence-transformers pools all tokens but those of a prompt. So instructions end with this marker, and where the
 # tokenizer begins texts with BOS, every other text gets the marker alone as its prompt. The exported tokenizer drops it at
@@ -30,11 +25,11 @@ PROBES = ("a", "The cat", " two", "1984", "🙂", "_", "\n")
 POOLING_NAMES = {"mean": "mean", "max": "max", "last": "lasttoken", "first": "cls", "weighted_mean": "weightedmean"}
 
 
-def export(
+def export_model(
     l2v: LLM2Vec,
     output: str | Path,
     *,
-    dtype: torch.dtype = torch.float32,
+    dtype: str | torch.dtype | None = None,
     prompts: dict[str, str] | None = None,
     normalize: bool = False,
     sentence_transformers: bool = True,
@@ -45,7 +40,7 @@ def export(
     """Writes the folder, beside its place first, so that no half-written one is ever left.
 
     Args:
-        dtype: of the stored weights.
+        dtype: of the stored weights; default: as they are.
         prompts: instructions by name, such as {"query": "Retrieve similar texts:"}, for `encode(..., prompt_name="query")`.
         normalize: sentence-transformers returns vectors of length 1.
         sentence_transformers: also write what that library needs; False for this project and transformers alone.
@@ -53,36 +48,16 @@ def export(
     Raises:
         ValueError: the folder exists, or sentence-transformers could not give the same vectors, and why.
     """
-    output = Path(output)
     prompts = {"document": "", **(prompts or {})}
     if sentence_transformers:
         _refuse_unequal(l2v, prompts)
-    # a run's folder has that file too, but holds what cannot be made again
-    is_export = (output / LLM2VEC_CONFIG).is_file() and "exported_from" in read_json(output / LLM2VEC_CONFIG)
-    if output.exists() and not (overwrite and is_export):
-        reason = "already exists; --overwrite replaces an export" if not overwrite else "exists and is no export"
-        raise ValueError(f"--output {output}: {reason}")
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        decoder = l2v.decoder
-        if any(isinstance(module, LoRALinear) for module in decoder.modules()):
-            decoder = copy.deepcopy(decoder)
-            merge_lora(decoder)
-        save_checkpoint(decoder, part, dtype, max_shard_bytes)
-        _write_config(l2v, part, dtype)
-        _write_tokenizer(l2v, part)
+    l2v.check_place(output, overwrite)
+    with new_folder(output) as folder:
+        l2v.write_merged(folder, dtype, max_shard_bytes)
+        _write_tokenizer(l2v, folder)
         if sentence_transformers:
-            _write_sentence_transformers(l2v, part, prompts, normalize)
-        (part / "README.md").write_text(model_card(l2v, prompts, normalize, scores or {}), encoding="utf-8")
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(part, output)
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error})") from None
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            _write_sentence_transformers(l2v, folder, prompts, normalize)
+        (folder / "README.md").write_text(model_card(l2v, prompts, normalize, scores or {}), encoding="utf-8")
 
 
 def _refuse_unequal(l2v: LLM2Vec, prompts: dict[str, str]) -> None:
@@ -112,27 +87,6 @@ def _refuse_unequal(l2v: LLM2Vec, prompts: dict[str, str]) -> None:
 
 def _begins_with_bos(l2v: LLM2Vec) -> bool:
     return not l2v.tokenizer.encode(["a"])[0].pooled[0]
-
-
-def _write_config(l2v: LLM2Vec, folder: Path, dtype: torch.dtype) -> None:
-    config = l2v.decoder.config
-    window = config.sliding_window
-    if window is not None and l2v.max_length <= window:
-        window = None  # no text is long enough for it to matter, and some versions of transformers lose is_causal with it
-    name = {value: key for key, value in DTYPES.items()}[dtype]
-    # transformers >= 5.2 builds a bidirectional mask from this field, and from nothing else
-    changes = {"is_causal": l2v.causal, "sliding_window": window, "torch_dtype": name, "dtype": name}
-    write_json(folder / "config.json", config.to_dict() | changes | {"pad_token_id": l2v.tokenizer.pad_id})
-    write_json(
-        folder / LLM2VEC_CONFIG,
-        {
-            "causal": l2v.causal,
-            "pooling_mode": l2v.pooling,
-            "max_length": l2v.max_length,
-            "template": list(l2v.template),
-            "exported_from": l2v.base_model,
-        },
-    )
 
 
 def _with_marker(l2v: LLM2Vec) -> Tokenizer | None:
@@ -240,15 +194,11 @@ def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: d
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llm2vec_min.export", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m llm2vec_min.interop.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.error = refuse
-    parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
-    parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
-                        help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
+    add_model_flags(parser)
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32", help="of the stored weights [float32]")
-    parser.add_argument("--prompt", nargs="+", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"')
+    parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"')
     parser.add_argument("--normalize", action="store_true", help="sentence-transformers returns vectors of length 1")
     parser.add_argument("--sentence-transformers", action=argparse.BooleanOptionalAction, default=True,
                         help="write what that library needs [on]")  # fmt: skip
@@ -256,14 +206,14 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if wrong := [p for p in args.prompt if "=" not in p]:
         raise ValueError(f"--prompt {wrong[0]!r}: expected NAME=INSTRUCTION")
-    l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, device="cpu", dtype=args.dtype)
+    l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, device=args.device or "cpu", dtype=args.dtype)
     metrics = Path(args.model) / "metrics.jsonl"  # a run's own: its last evaluation goes into the card
     lines = metrics.read_text().splitlines() if metrics.is_file() and not args.adapter else []
     spearman = [record["spearman"] for record in map(json.loads, lines) if "spearman" in record]
-    export(
+    export_model(
         l2v,
         args.output,
-        dtype=DTYPES[args.dtype],
+        dtype=args.dtype,
         prompts=dict(p.split("=", 1) for p in args.prompt),
         normalize=args.normalize,
         sentence_transformers=args.sentence_transformers,

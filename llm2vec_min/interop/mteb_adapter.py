@@ -1,6 +1,6 @@
 """Lets the `mteb` package (2.x) evaluate an encoder:
 
-    python -m llm2vec_min.mteb_adapter --model runs/simcse --tasks STS12 STSBenchmark SciFact --output results
+    python -m llm2vec_min.interop.mteb_adapter --model runs/simcse --tasks STS12 STSBenchmark SciFact --output results
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ import numpy as np
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from .cli import refuse, run
-from .config import read_json
-from .encoder import DTYPES, LLM2Vec
+from ..cli import add_model_flags, run
+from ..encoder import LLM2Vec
+from ..files import read_json
 
 
 class MTEBEncoder:
@@ -65,18 +65,13 @@ class MTEBEncoder:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m llm2vec_min.mteb_adapter", description=__doc__,
+    parser = argparse.ArgumentParser(prog="python -m llm2vec_min.interop.mteb_adapter", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    parser.error = refuse
-    parser.add_argument("--model", required=True, help="a run's output folder, a preset, a hub id or a checkpoint folder")
-    parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
-                        help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
-    parser.add_argument("--tasks", nargs="+", required=True, help="names of mteb tasks")
+    add_model_flags(parser)
+    parser.add_argument("--tasks", nargs="+", action="extend", required=True, help="names of mteb tasks")
     parser.add_argument("--instructions", metavar="FILE.json", help="task name -> instruction, before mteb's own")
     parser.add_argument("--output", default="results", help="folder for mteb's results [results]")
-    parser.add_argument("--batch-size", type=int, default=32)
-    parser.add_argument("--dtype", choices=tuple(DTYPES), default="float32")
-    parser.add_argument("--device")
+    parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass [32]")
     args = parser.parse_args(argv)
     try:
         import mteb

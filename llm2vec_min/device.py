@@ -1,0 +1,78 @@
+"""Where it runs: on which device, in which dtype, and as which of several processes (one per GPU, as `torchrun` starts
+them; without it, one process alone)."""
+
+from __future__ import annotations
+
+import os
+
+import torch
+import torch.distributed as dist
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def pick_device(name: str | torch.device | None) -> torch.device:
+    """The named device, or the first GPU if there is one, else the CPU.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    if name is None:
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError) as error:
+        raise ValueError(f"device {str(name)!r} is not available ({str(error).splitlines()[0]})") from None
+    return device
+
+
+def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    """The named dtype of weights and products, or what suits the device: bfloat16 on a GPU, float32 on the CPU.
+
+    Raises:
+        ValueError: another dtype than these two.
+    """
+    if name is None:
+        return torch.bfloat16 if device.type == "cuda" else torch.float32
+    dtype = DTYPES.get(name, name)
+    if dtype not in DTYPES.values():
+        raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
+    return dtype
+
+
+def start_process(device: str | None) -> torch.device:
+    """Joins the other processes if `torchrun` started this one, and picks the device: on GPUs, each process its own.
+
+    Raises:
+        ValueError: a device that this machine does not have.
+    """
+    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+        return pick_device(device)
+    if device in (None, "cuda") and torch.cuda.is_available():
+        device = f"cuda:{os.environ['LOCAL_RANK']}"
+    picked = pick_device(device)
+    if picked.type == "cuda":
+        torch.cuda.set_device(picked)
+    if not dist.is_initialized():
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+    return picked
+
+
+def stop_process() -> None:
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def rank() -> int:
+    """This process's number, from 0. Process 0 writes files and reports."""
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def barrier() -> None:
+    if dist.is_initialized():
+        dist.barrier()

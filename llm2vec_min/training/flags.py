@@ -1,0 +1,179 @@
+"""What train.py can be told: its flags, with the defaults of the stage and the model at hand, and what is refused."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import fields
+from importlib.util import find_spec
+from pathlib import Path
+
+from ..cli import refuse
+from ..config import PAPER, PRESETS, Preset
+from ..device import DTYPES
+from ..hub import DATASETS, find_preset
+from ..pooling import POOLING_MODES
+from .loop import Settings
+from .mntp import MASK_STYLES
+
+STAGES = ("pretrain", "mntp", "simcse")
+ASSETS = Path(__file__).parent.parent / "assets"
+
+
+def default_data(stage: str, preset: Preset | None) -> list[str]:
+    """The text a stage trains on where --data names none: the shipped one for `tiny`, else the paper's; none for pretraining."""
+    if stage == "pretrain":
+        return []
+    if preset is PRESETS["tiny"]:
+        return [str(ASSETS / "text" / "train.txt")]
+    # WikiText-103 comes as parquet; wiki1m is plain text, and with 20 million tokens enough for MNTP's 16 million
+    return ["wikitext-103" if stage == "mntp" and find_spec("pyarrow") else "wiki1m"]
+
+
+def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
+    """The flags, with the defaults of the stage and model that `argv` names: so `--help` shows what would happen."""
+    first = argparse.ArgumentParser(add_help=False)
+    first.error = refuse
+    first.add_argument("--stage", default="mntp")
+    first.add_argument("--model", default="tiny")
+    first.add_argument("--preset")
+    known, _ = first.parse_known_args(argv)
+    preset = find_preset(known.preset or known.model)
+    recipe = {field.name: field.default for field in fields(Settings)} | PAPER.get(known.stage, {})
+    if preset is not None:
+        recipe |= getattr(preset, known.stage, {})
+    is_tiny = preset is PRESETS["tiny"] and known.stage != "pretrain"
+    data = default_data(known.stage, preset)
+
+    parser = argparse.ArgumentParser(
+        description=description,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog=f"The defaults shown are those of --stage {known.stage} --model {known.model}: the paper's, or what its "
+        f"preset says otherwise. Presets: {', '.join(PRESETS)}.",
+    )
+
+    parser.error = refuse
+
+    def add(group, flag: str, text: str, **options) -> None:
+        name = flag.removeprefix("--").replace("-", "_")
+        default = options.pop("default", recipe.get(name))
+        if default is not None and default != [] and options.get("action") != "store_true":
+            text += f" [{default if not isinstance(default, list) else ' '.join(default)}]"
+        group.add_argument(flag, default=default, help=text.replace("%", "%%"), **options)
+
+    group = parser.add_argument_group("what")
+    add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1) or simcse (stage 2)", default="mntp")
+    add(group, "--model", "preset, hub id (owner/name@revision), folder, or an earlier stage's output", default="tiny")
+    add(group, "--adapter", "PEFT folder or hub id to merge into it first; give it again for the next", action="append",
+        default=[], metavar="DIR")  # fmt: skip
+    add(group, "--preset", "take the recipe and chat template of this preset, for a local copy of its model")
+    add(group, "--data", f"text, one sentence or paragraph a line: {', '.join(DATASETS)}, or files and folders of .txt, .jsonl "
+        "(also .gz, .xz) or .parquet; named twice, it counts twice"
+        f"{f' [{data[0]}]' if data else ''}", nargs="+", action="extend", metavar="FILE")  # fmt: skip
+    add(group, "--output", "folder for the result", default=f"runs/{known.stage}")
+    add(group, "--eval", "pairs file (score<tab>sentence<tab>sentence): prints Spearman before, during, after",
+        metavar="PAIRS.tsv", default=str(ASSETS / "text" / "similarity.tsv") if is_tiny else None)  # fmt: skip
+    add(group, "--overwrite", "replace the run in --output", action="store_true", default=False)
+    add(group, "--resume", "continue the killed run in --output from its last checkpoint", action="store_true", default=False)
+
+    group = parser.add_argument_group("optimization")
+    add(group, "--steps", "optimizer steps", type=int)
+    add(group, "--batch-size", "sequences per optimizer step, over all processes", type=int)
+    add(group, "--micro-batch-size", "sequences per forward pass of one process: less memory for the same result (simcse: "
+        "GradCache, a third more time); 0: its whole share of the batch", type=int)  # fmt: skip
+    add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse", type=int)
+    add(group, "--lr", "peak learning rate", type=float)
+    add(group, "--warmup-steps", "steps of linear warmup", type=int)
+    add(group, "--schedule", "decay to zero: linear or cosine", choices=("linear", "cosine"))
+    add(group, "--weight-decay", "AdamW's", type=float)
+    add(group, "--adam-beta2", "AdamW's", type=float)
+    add(group, "--max-grad-norm", "clip the gradient at this norm", type=float)
+    add(group, "--seed", "of everything random", type=int)
+
+    group = parser.add_argument_group("LoRA (mntp, simcse)")
+    add(group, "--lora-r", "rank", type=int)
+    add(group, "--lora-alpha", "the update is scaled by alpha / r", type=float)
+    add(group, "--lora-dropout", "on what enters the adapter", type=float)
+
+    group = parser.add_argument_group("method")
+    add(group, "--mask-probability", "mntp: share of tokens to predict", type=float)
+    add(group, "--mask-style", "mntp: bert = 80 % mask, 10 % random, 10 % kept; all = all masked", choices=MASK_STYLES)
+    add(group, "--attention-dropout", "simcse: on attention probabilities, the noise between twins", type=float)
+    add(group, "--temperature", "simcse: divides the cosines", type=float)
+    add(group, "--pooling", "token states to one vector [the model's own, mean]", choices=POOLING_MODES)
+    add(group, "--causal", "simcse: keep the causal mask (the baseline)", action="store_true", default=False)
+
+    group = parser.add_argument_group("machine")
+    add(group, "--device", "cpu, cuda, cuda:1, mps; default: the first GPU if there is one")
+    add(group, "--dtype", "of base weights and products (adapters stay float32); default: bfloat16 on a GPU, else "
+        "float32", choices=tuple(DTYPES))  # fmt: skip
+    add(group, "--gradient-checkpointing", "recompute activations instead of keeping them: less memory, a third more "
+        "time", action=argparse.BooleanOptionalAction)  # fmt: skip
+    add(group, "--save-every", "steps between checkpoints to resume from; 0: none", type=int)
+    add(group, "--eval-every", "steps between evaluations; 0: a quarter of the run", type=int)
+    add(group, "--dry-run", "load nothing; print parameters, operations and predicted peak memory. WORLD_SIZE=8 before the "
+        "command plans for 8 processes", action="store_true", default=False)  # fmt: skip
+    add(group, "--shard", "spread the frozen base over the processes of torchrun (FSDP2): for models larger than one GPU",
+        action="store_true", default=False)  # fmt: skip
+    add(group, "--compile", "fuse operations with torch.compile: slow first steps, faster ones then", action="store_true",
+        default=False)  # fmt: skip
+
+    group = parser.add_argument_group("architecture (pretrain)")
+    for flag, value in (
+        ("--vocab-size", 4096),
+        ("--hidden-size", 128),
+        ("--intermediate-size", 352),
+        ("--num-hidden-layers", 6),
+        ("--num-attention-heads", 4),
+        ("--num-key-value-heads", 2),
+    ):
+        add(group, flag, flag.removeprefix("--").replace("-", " "), type=int, default=value)
+    return parser
+
+
+def check(args: argparse.Namespace) -> None:
+    """Refuses settings that cannot work, before anything is loaded."""
+    if args.stage not in STAGES:
+        raise ValueError(f"--stage is {args.stage!r}, expected one of {', '.join(STAGES)}")
+    if args.preset is not None and args.preset not in PRESETS:
+        raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(PRESETS)}")
+    for name in ("steps", "batch_size", "lora_r", "lr", "temperature", "max_grad_norm"):
+        if not getattr(args, name) > 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
+    for name in ("warmup_steps", "micro_batch_size", "save_every", "eval_every", "weight_decay", "seed"):
+        if getattr(args, name) < 0:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
+    for name in ("lora_dropout", "attention_dropout"):
+        if not 0 <= getattr(args, name) < 1:
+            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number in [0, 1)")
+    if not 0 < args.mask_probability <= 1:
+        raise ValueError(f"--mask-probability is {args.mask_probability}, expected a number in (0, 1]")
+    if not 0 <= args.adam_beta2 < 1:
+        raise ValueError(f"--adam-beta2 is {args.adam_beta2}, expected a number in [0, 1)")
+    if args.stage == "simcse" and args.batch_size < 2:
+        raise ValueError("--batch-size is 1: SimCSE's negatives are the other sentences of the batch, it needs at least 2")
+    if args.stage == "pretrain":
+        heads, width = args.num_attention_heads, args.hidden_size
+        if heads < 1 or width % (2 * heads):
+            raise ValueError(f"--hidden-size is {width}, expected an even number for each of {heads} attention heads")
+        if args.num_key_value_heads < 1 or heads % args.num_key_value_heads:
+            raise ValueError(f"--num-key-value-heads is {args.num_key_value_heads}, expected a divisor of {heads} attention heads")
+    if Path(args.model).is_dir() and Path(args.output).resolve() == Path(args.model).resolve():
+        raise ValueError(f"--output {args.output}: is the --model too; a stage writes into a folder of its own")
+    if args.max_length < 4:
+        raise ValueError(f"--max-length is {args.max_length}, expected at least 4 tokens")
+    if args.stage == "mntp" and args.causal:
+        raise ValueError("--causal: MNTP trains a bidirectional encoder; the causal baseline is --stage simcse --causal")
+    if args.stage == "pretrain" and not args.data:
+        raise ValueError("--data: give one or more text files, one sentence or paragraph a line")
+    if args.stage == "pretrain" and Path(args.output).resolve().is_relative_to(ASSETS.resolve()):
+        raise ValueError(f"--output {args.output}: the shipped model is not overwritten; copy a new one there by hand")
+
+
+def in_force(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
+    """One line: what is trained on what, and where it differs from the recipe that `--help` shows."""
+    said = ("stage", "model", "data", "output", "overwrite", "resume", "dtype", "dry_run")
+    changed = [f"{k} {v}" for k, v in vars(args).items() if v != parser.get_default(k) and k not in said]
+    recipe = "the recipe" + (f" but {', '.join(changed)}" if changed else " (--help shows it)")
+    instead = args.stage == "mntp" and args.data == ["wiki1m"] and not find_spec("pyarrow")
+    note = "\nwikitext-103 needs pyarrow (pip install pyarrow); wiki1m has text enough for the recipe" if instead else ""
+    return f"{args.stage} of {args.model} on {' '.join(args.data)}, in {args.dtype}: {recipe}{note}"
