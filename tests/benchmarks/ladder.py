@@ -3,13 +3,12 @@
     python tests/benchmarks/ladder.py --model tiny --seeds 0 1 2
     LLM2VEC_MIN_STS=folder python tests/benchmarks/ladder.py --model DIR --preset smollm2-135m --dtype bfloat16 --data ...
 
-The rungs: causal; bidirectional untrained; + MNTP; + SimCSE (all of LLM2Vec); and causal + SimCSE, the baseline. Scored on
-the shipped pairs and on every .tsv file (score, sentence, sentence) of the folder that LLM2VEC_MIN_STS names.
-Other flags go to both stages of train.py; `--mntp "..."` and `--simcse "..."` go to one.
+The rungs: causal; bidirectional untrained; + MNTP; + SimCSE (all of LLM2Vec); and the two shortcuts, SimCSE on the causal
+model and on the bidirectional one without MNTP. Scored on the shipped pairs and on every .tsv file (score, sentence,
+sentence) of the folder that LLM2VEC_MIN_STS names; ladder.json in --output holds what is measured so far. Other flags go to both stages of train.py; `--mntp "..."` and `--simcse "..."` go to one.
 """
 
 import argparse
-import json
 import os
 import shlex
 import statistics
@@ -24,8 +23,9 @@ sys.path.insert(0, str(ROOT))
 import train
 from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import sts_score
+from llm2vec_min.files import write_json
 
-RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE")
+RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE", "bidirectional + SimCSE")
 
 
 def main() -> None:
@@ -35,7 +35,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--mntp", default="", help="flags of the MNTP stage")
-    parser.add_argument("--simcse", default="", help="flags of both SimCSE stages")
+    parser.add_argument("--simcse", default="", help="flags of the SimCSE stages")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sets", nargs="*", help="names of the STS files to use, such as stsb_dev; default: all but *_train")
     args, common = parser.parse_known_args()
@@ -53,6 +53,8 @@ def main() -> None:
         l2v = LLM2Vec.from_pretrained(model, dtype=args.dtype, **options)
         scores[rung].append({name: sts_score(l2v, path) for name, path in sets.items()})
         print(f"{rung}: {scores[rung][-1]}", flush=True)
+        output.mkdir(parents=True, exist_ok=True)
+        write_json(output / "ladder.json", {"arguments": vars(args), "scores": scores, "seconds": seconds})
 
     def stage(rung: str, name: str, seed: int, flags: list[str]) -> str:
         folder = str(output / f"{name}-{seed}")
@@ -69,9 +71,8 @@ def main() -> None:
         mntp = stage("+ MNTP", "mntp", seed, ["--stage", "mntp", "--model", args.model, *shlex.split(args.mntp)])
         stage("+ SimCSE", "simcse", seed, [*simcse, "--model", mntp])
         stage("causal + SimCSE", "causal-simcse", seed, [*simcse, "--model", args.model, "--causal"])
+        stage("bidirectional + SimCSE", "bidirectional-simcse", seed, [*simcse, "--model", args.model])
 
-    output.mkdir(parents=True, exist_ok=True)
-    (output / "ladder.json").write_text(json.dumps({"scores": scores, "seconds": seconds}, indent=2))
     print(f"\n| {args.model}, {len(args.seeds)} seed(s) | " + " | ".join(sets) + " | training (s) |")
     print("|---" * (len(sets) + 2) + "|")
     for rung in RUNGS:
