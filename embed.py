@@ -9,8 +9,9 @@ The same command continues a killed run where it stopped.
 
 import argparse
 import itertools
-import json
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +21,7 @@ from llm2vec_min.cli import add_model_flags, run
 from llm2vec_min.data import iter_lines
 from llm2vec_min.device import barrier, rank, start_process, stop_process, world_size
 from llm2vec_min.encoder import LLM2Vec
-from llm2vec_min.files import write_json
+from llm2vec_min.files import read_json, write_json
 from llm2vec_min.pooling import POOLING_MODES
 
 CHUNK = 64  # batches tokenized, sorted by length and written at a time: memory does not grow with the file
@@ -53,48 +54,78 @@ def print_table(l2v: LLM2Vec, args: argparse.Namespace) -> None:
         print(f"{number:>3}  " + "".join(f"{value:>7.3f}" for value in row))
 
 
-def open_part(args: argparse.Namespace, shape: tuple[int, int], chunk: int) -> tuple[np.ndarray, np.ndarray]:
-    """The unfinished output, (N, C) float32, and which of its chunks are done, uint8; both memory-mapped files beside it,
-    with the arguments in a third. One process makes them.
+def part_files(output: Path) -> tuple[Path, Path, Path]:
+    """Beside the output while it is unfinished: the vectors, which chunks of them are done, what they were made from."""
+    vectors, done, header = (output.with_name(output.name + end) for end in (".part", ".part.done", ".part.json"))
+    return vectors, done, header
+
+
+def start_part(args: argparse.Namespace, made_from: dict) -> None:
+    """Makes the unfinished output, or finds the one of a stopped run.
 
     Raises:
-        ValueError: they cannot be written, or belong to a run with other arguments.
+        ValueError: it cannot be written, or comes from another model, text or other arguments.
     """
-    output = Path(args.output)
-    part, done_file, header = (output.with_name(output.name + end) for end in (".part", ".part.done", ".part.json"))
-    file = Path(args.input).stat()
-    now = {name: value for name, value in vars(args).items() if name not in NOT_IN_THE_VECTORS}
-    now |= {"shape": list(shape), "chunk": chunk, "bytes": file.st_size, "modified": file.st_mtime}
-    if header.is_file():
-        before = json.loads(header.read_text())
-        if changed := [name for name in now if before.get(name) != now[name]]:
-            found = ", ".join(f"{name} was {before.get(name)!r}, is {now[name]!r}" for name in changed)
+    part, done_file, header = part_files(Path(args.output))
+    if header.is_file() and part.is_file():
+        before = read_json(header)
+        if changed := [name for name in made_from if before.get(name) != made_from[name]]:
+            found = ", ".join(f"{name} was {before.get(name)!r}, is {made_from[name]!r}" for name in changed)
             raise ValueError(f"{part} is a run that was stopped, with other arguments ({found}); delete {header} to start anew")
-    else:
-        try:
-            np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=shape).flush()
-            np.zeros(-(-shape[0] // chunk), dtype=np.uint8).tofile(done_file)
-            write_json(header, now)  # last: with it the other two are whole
-        except OSError as error:
-            raise ValueError(f"--output {output}: cannot be written ({error})") from None
-    return np.lib.format.open_memmap(part, mode="r+"), np.memmap(done_file, dtype=np.uint8, mode="r+")
+        return
+    try:
+        np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=tuple(made_from["shape"])).flush()
+        np.zeros(-(-made_from["shape"][0] // made_from["chunk"]), dtype=np.uint8).tofile(done_file)
+        write_json(header, made_from)  # last: with it the other two are whole
+    except OSError as error:
+        raise ValueError(f"--output {args.output}: cannot be written ({error})") from None
+
+
+@contextmanager
+def locked(output: Path) -> Iterator[None]:
+    """Keeps a second command off the same output while this one lives; the system drops the lock with the process."""
+    path = output.with_name(output.name + ".lock")
+    try:
+        import fcntl
+
+        file = open(path, "w")
+    except ImportError:  # Windows
+        yield
+        return
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error})") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError:
+        raise ValueError(f"--output {output}: another command is writing it now") from None
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
 
 
 def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     """Writes the vectors of a file's lines, a chunk at a time, beside the output and renames it when complete. Every
     `world_size`-th chunk is this process's; chunks that an earlier run has written are skipped."""
-    output, chunk = Path(args.output), CHUNK * args.batch_size
-    shape = (count, l2v.decoder.config.hidden_size)
+    output, chunk, file = Path(args.output), CHUNK * args.batch_size, Path(args.input).stat()
+    made_from = {name: value for name, value in vars(args).items() if name not in NOT_IN_THE_VECTORS}
+    made_from |= {"shape": [count, l2v.decoder.config.hidden_size], "chunk": chunk, "encoder": l2v.fingerprint()}
+    made_from |= {"bytes": file.st_size, "modified": file.st_mtime}
     if rank() == 0:
-        open_part(args, shape, chunk)
+        start_part(args, made_from)
     barrier()
-    vectors, done = open_part(args, shape, chunk)
+    part, done_file, header = part_files(output)
+    vectors = np.lib.format.open_memmap(part, mode="r+")
+    done = np.memmap(done_file, dtype=np.uint8, mode="r+")
     if rank() == 0 and done.any():
         print(f"continuing: {done.sum()} of {len(done)} chunks of {chunk} texts are there")
     lines = iter_lines(args.input, keep_empty=True)
     with tqdm(total=count, desc="embedding", unit="text", disable=rank() > 0) as bar:
         for number in range(len(done)):
             texts, first = list(itertools.islice(lines, chunk)), number * chunk
+            if len(texts) != min(chunk, count - first):
+                raise ValueError(f"{args.input}: {first + len(texts)} lines, but {count} were counted; it changed meanwhile")
             if number % world_size() == rank() and not done[number]:
                 rows = l2v.encode(texts, args.instruction, batch_size=args.batch_size, normalize=args.normalize)
                 vectors[first : first + len(texts)] = rows
@@ -104,11 +135,10 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
             bar.update(len(texts))
     barrier()
     if rank() == 0:
-        names = [output.with_name(output.name + end) for end in (".part", ".part.done", ".part.json")]
-        os.replace(names[0], output)
-        for name in names[1:]:
+        os.replace(part, output)
+        for name in (done_file, header):
             name.unlink()
-        print(f"{output}: {shape[0]} vectors of {shape[1]} numbers, float32")
+        print(f"{output}: {count} vectors of {vectors.shape[1]} numbers, float32")
 
 
 def main(argv: list[str]) -> None:
@@ -121,6 +151,10 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.output and not args.output.endswith(".npy"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npy")
+    if args.output and Path(args.output).is_dir():
+        raise ValueError(f"--output {args.output}: is a folder, expected a file")
+    if args.input and Path(args.input).exists() and not Path(args.input).is_file():
+        raise ValueError(f"--input {args.input}: a pipe, a device or a folder; it is read twice, so it must be a file")
     device = start_process(args.device)
     count = sum(1 for _ in iter_lines(args.input, keep_empty=True)) if args.input else 0
     if args.input and count == 0:
@@ -135,7 +169,8 @@ def main(argv: list[str]) -> None:
         device=device,
     )
     if args.input:
-        embed_file(l2v, args, count)
+        with locked(Path(args.output)) if rank() == 0 else nullcontext():
+            embed_file(l2v, args, count)
     else:
         print_table(l2v, args)
     stop_process()

@@ -9,13 +9,15 @@
 
 import argparse
 from dataclasses import fields
+from pathlib import Path
+from tempfile import TemporaryDirectory
 
 import torch
 
 from llm2vec_min.cli import run
 from llm2vec_min.config import PRESETS, ModelConfig
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
-from llm2vec_min.device import barrier, pick_dtype, rank, start_process, stop_process, world_size
+from llm2vec_min.device import barrier, pick_dtype, rank, start_process, stop_process
 from llm2vec_min.encoder import LLM2Vec
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.files import write_json
@@ -25,20 +27,21 @@ from llm2vec_min.model import LanguageModel, init_weights
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import distributed, memory
 from llm2vec_min.training.flags import build_parser, check, default_data, in_force
-from llm2vec_min.training.loop import Settings, open_output
+from llm2vec_min.training.loop import CHECKPOINT, Settings, finish_output, is_finished, plan_output
 from llm2vec_min.training.mntp import train_mntp
 from llm2vec_min.training.pretrain import pretrain, train_tokenizer
 from llm2vec_min.training.simcse import train_simcse
 from llm2vec_min.weights import save_checkpoint
 
 
-def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict, device: torch.device) -> None:
+def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
     """Tokenizer and decoder from scratch; the result is a plain Hugging Face checkpoint in bfloat16."""
     train_lines, held_lines = read_split(args.data, every=1000)
-    output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
-    if not args.resume:
-        train_tokenizer(train_lines, args.vocab_size, output)
-    tokenizer = Tokenizer(output)
+    resume = args.resume and (work / CHECKPOINT).is_file()
+    spare = TemporaryDirectory()  # for the tokenizer, until every check has passed and the run gets its folder
+    if not resume:
+        train_tokenizer(train_lines, args.vocab_size, Path(spare.name))
+    tokenizer = Tokenizer(work if resume else spare.name)
     config = ModelConfig(
         vocab_size=tokenizer.backend.get_vocab_size(),
         hidden_size=args.hidden_size,
@@ -56,25 +59,20 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, arguments: dict, 
     blocks = pack_blocks(tokenizer, train_lines, args.max_length, "--data")
     held_out = pack_blocks(tokenizer, held_lines, args.max_length, "every 1000th line of --data, held out,")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {blocks.size:,} tokens to train on")
-    bfloat16 = args.dtype == "bfloat16"
-    loop = pretrain(
-        model, blocks, held_out, settings, output, bfloat16=bfloat16, compiled=args.compile, resume=args.resume
-    )
-    save_checkpoint(model, output, torch.bfloat16)
+    bfloat16, options = args.dtype == "bfloat16", dict(arguments=arguments, resume=resume)
+    pretrain(model, blocks, held_out, settings, work, tokenizer=tokenizer, bfloat16=bfloat16, compiled=args.compile, **options)
+    save_checkpoint(model, work, torch.bfloat16)
     ids = {name: tokenizer.backend.token_to_id(t) for name, t in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
     write_json(
-        output / "config.json",
+        work / "config.json",
         config.to_dict()
         | {"architectures": ["LlamaForCausalLM"], "torch_dtype": "bfloat16"}
         | {f"{name}_token_id": id for name, id in ids.items()},
     )
-    loop.finish()
 
 
-def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: dict, device: torch.device) -> None:
+def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
     """MNTP or SimCSE: base and earlier adapters merged, a fresh adapter trained and saved."""
-    if args.shard and world_size() == 1:
-        raise ValueError("--shard spreads the base over several processes, found one: torchrun --nproc_per_node=2 train.py ...")
     if args.eval:
         read_pairs(args.eval)  # its mistakes now, not after the model has loaded
     if args.stage == "mntp":
@@ -91,7 +89,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
         lm_head=args.stage == "mntp",
     )
     if args.preset:
-        l2v.template = PRESETS[args.preset].template
+        l2v.preset, l2v.template = args.preset, PRESETS[args.preset].template
     torch.manual_seed(args.seed)
     add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
     l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
@@ -107,18 +105,15 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, arguments: d
             l2v.lm_head.to(device)
 
     evaluate = (lambda: {"spearman": sts_score(l2v, args.eval)}) if args.eval else None
+    options = dict(arguments=arguments, evaluate=evaluate, resume=args.resume)
     if args.stage == "mntp":
         blocks = pack_blocks(l2v.tokenizer, train_lines, args.max_length, "--data")
         held_out = pack_blocks(l2v.tokenizer, held_lines, args.max_length, "every 20th line of --data, held out,")
-        output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
-        loop = train_mntp(l2v, blocks, held_out[:64], settings, output, evaluate=evaluate, resume=args.resume)
+        train_mntp(l2v, blocks, held_out[:64], settings, work, **options)
     else:
-        output = open_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
-        loop = train_simcse(l2v, train_lines, settings, output, evaluate=evaluate, resume=args.resume)
-    if loop.is_main:
-        l2v.save_run(output, args.stage)
-    loop.finish()
-    barrier()
+        train_simcse(l2v, train_lines, settings, work, **options)
+    if rank() == 0:
+        l2v.save_run(work, args.stage)
 
 
 def main(argv: list[str]) -> None:
@@ -133,13 +128,19 @@ def main(argv: list[str]) -> None:
     device = start_process(args.device)
     args.dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.data = args.data or default_data(args.stage, find_preset(args.preset or args.model))
+    arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}
+    work = plan_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
+    if args.resume and is_finished(work):
+        print(f"{work} is finished, nothing is left to do")
+        return
     if rank() == 0:
         print(in_force(args, parser))
-    arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     try:
-        (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, arguments, device)
+        (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
+        barrier()
         if rank() == 0:
+            finish_output(work, args.output)
             print(f"saved to {args.output}")
     except RuntimeError as error:
         if args.stage == "pretrain" or not memory.is_out_of_memory(error):

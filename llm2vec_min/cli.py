@@ -31,6 +31,8 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str | None = None)
 
 def run(main: Callable[[list[str]], None]) -> None:
     """Calls `main` with the command line's arguments; a ValueError is a user's mistake."""
+    for stream in (sys.stdout, sys.stderr):
+        stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8 stops nothing
     try:
         main(sys.argv[1:])
     except ValueError as error:

@@ -26,6 +26,8 @@ def iter_parquet(path: Path) -> Iterator[str]:
         column = next((name for name in ("text", "sentence") if name in file.schema_arrow.names), None)
         if column is None:
             raise ValueError(f"{path}: columns are {file.schema_arrow.names}, expected one named text or sentence")
+        if "string" not in (kind := str(file.schema_arrow.field(column).type)):
+            raise ValueError(f"{path}: column {column} holds {kind}, expected strings")
         for batch in file.iter_batches(columns=[column]):
             yield from (value or "" for value in batch.column(0).to_pylist())
     except (OSError, pyarrow.ArrowException) as error:
@@ -40,23 +42,34 @@ def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
         ValueError: not a readable file of that kind; names the file and the line.
     """
     path = Path(path)
-    if path.suffix == ".parquet":
+    suffixes = [suffix.lower() for suffix in path.suffixes]
+    if suffixes[-1:] == [".parquet"]:
         yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
         return
-    as_json = ".jsonl" in path.suffixes
+    opener = OPENERS.get(suffixes[-1] if suffixes else "", open)
     try:
-        with OPENERS.get(path.suffix, open)(path, "rt", encoding="utf-8") as file:
+        # a byte order mark is no text, and only "\n" ends a line: row i of the vectors is line i as other tools count
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
-                if as_json and line.strip():
-                    try:
-                        record = json.loads(line)
-                        line = record if isinstance(record, str) else record["text"]
-                    except (json.JSONDecodeError, KeyError, TypeError):
-                        raise ValueError(f'{path}:{number}: expected a JSON string or an object with "text"') from None
+                if ".jsonl" in suffixes and line.strip():
+                    line = _text_of(line, f"{path}:{number}")
                 if keep_empty or line.strip():
                     yield line.strip()
     except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable text file ({error})") from None
+
+
+def _text_of(line: str, where: str) -> str:
+    """The text of a JSON line: a string, or an object's "text"."""
+    try:
+        record = json.loads(line)
+        text = record if isinstance(record, str) else record["text"]
+        text.encode()  # half of a surrogate pair, as a cut string leaves it, is no text
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+        raise ValueError(f'{where}: expected a JSON string or an object with a string "text", found {line.strip()[:60]!r}') from None
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text holds half of a surrogate pair at character {error.start}") from None
+    return text
 
 
 def read_lines(paths: list[str | Path]) -> list[str]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 import os
 import shutil
 from collections.abc import Iterator
@@ -97,12 +99,15 @@ class LLM2Vec(nn.Module):
         super().__init__()
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling is {pooling!r}, expected one of {', '.join(POOLING_MODES)}")
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}, expected at least 1 token")
         self.decoder, self.tokenizer = decoder, tokenizer
         if tokenizer.pad_id >= decoder.config.vocab_size:  # a padding token that was added without an embedding
             tokenizer.pad_id = 0
         self.causal, self.pooling, self.max_length, self.template = causal, pooling, max_length, tuple(template)
         self.base_model, self.adapters = base_model, list(adapters or [])
         self.lm_head: nn.Linear | None = None
+        self.preset: str | None = None  # whose recipe a later stage takes, where the base model's name does not tell
 
     @classmethod
     def from_pretrained(
@@ -156,11 +161,12 @@ class LLM2Vec(nn.Module):
             Tokenizer(has_tokenizer[0] if has_tokenizer else base_folder),
             causal=causal,
             pooling=pooling or settings.get("pooling_mode", "mean"),
-            max_length=max_length or settings.get("max_length", 512),
+            max_length=settings.get("max_length", 512) if max_length is None else max_length,
             template=settings.get("template", ("", "")),
             base_model=base,
             adapters=chain,
         )
+        l2v.preset = settings.get("preset")
         l2v.lm_head = language_model.lm_head if lm_head else None
         return l2v.eval()
 
@@ -174,7 +180,7 @@ class LLM2Vec(nn.Module):
         """Ids and pooled positions of each text; an item may also be an [instruction, text] pair of its own."""
         pairs = [(instruction, item) if isinstance(item, str) else item for item in texts]
         for item in pairs:
-            if len(item) != 2 or not isinstance(item[1], str):
+            if not isinstance(item, (list, tuple)) or len(item) != 2 or not isinstance(item[1], str):
                 raise ValueError(f"expected a text or an [instruction, text] pair, found {item!r}")
         prefix, suffix = self.template
         return self.tokenizer.encode(
@@ -245,6 +251,17 @@ class LLM2Vec(nn.Module):
             return results
         return np.stack(results) if results else np.zeros((0, self.decoder.config.hidden_size), dtype=np.float32)
 
+    def fingerprint(self) -> str:
+        """16 hex digits that differ between encoders whose vectors differ: other weights, adapters, dtype, tokenizer or
+        settings; not with where the files lie. Of each weight it reads up to 256 numbers, which a retraining changes."""
+        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
+        digest.update(self.tokenizer.backend.to_str().encode())
+        for name, weight in self.decoder.state_dict().items():
+            sample = weight.flatten()[:: max(1, weight.numel() // 256)][:256]
+            digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
+            digest.update(sample.double().cpu().numpy().tobytes())
+        return digest.hexdigest()[:16]
+
     # ---- to disk ----
 
     def save(self, output: str | Path, *, dtype: str | torch.dtype | None = None, overwrite: bool = False) -> None:
@@ -312,16 +329,18 @@ class LLM2Vec(nn.Module):
             names.append(f"adapters/{number}")
         save_adapter(self.decoder, output, self.base_model)
         self.tokenizer.save(output)
-        write_json(output / "config.json", self.decoder.config.to_dict() | {"_name_or_path": self.base_model})
         write_json(
             output / LLM2VEC_CONFIG,
             {
                 "base_model_name_or_path": self.base_model,
+                **({"preset": self.preset} if self.preset else {}),
                 "adapters": [*names, "."],
                 "stage": stage,
                 **self.settings(),
             },
         )
+        # last: with it the run is finished
+        write_json(output / "config.json", self.decoder.config.to_dict() | {"_name_or_path": self.base_model})
 
 
 def sorted_batches(lengths: list[int], batch_size: int, max_tokens: int) -> Iterator[list[int]]:

@@ -28,6 +28,16 @@ def write_json(path: str | Path, value: dict) -> None:
     os.replace(beside, path)
 
 
+def replace_folder(new: Path, output: Path) -> None:
+    """Renames `new` to `output`. A folder there is moved aside first and removed last: one of the two is whole at any time."""
+    old = output.with_name(output.name + ".old")
+    shutil.rmtree(old, ignore_errors=True)
+    if output.exists():
+        os.replace(output, old)
+    os.replace(new, output)
+    shutil.rmtree(old, ignore_errors=True)
+
+
 @contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes `output`'s place (and replaces a folder there) when the block ends well.
@@ -41,9 +51,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     try:
         part.mkdir(parents=True)
         yield part
-        if output.exists():
-            shutil.rmtree(output)
-        os.replace(part, output)
+        replace_folder(part, output)
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error})") from None
     finally:

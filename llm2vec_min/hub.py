@@ -46,11 +46,15 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
 
 
 def find_preset(name: str | Path) -> Preset | None:
-    """The preset of a preset's name, of its hub id, or of a run whose base is one of these; without a download."""
+    """The preset of a preset's name, of its hub id (at any revision), or of a run that was trained with one or whose base is
+    one of these; without a download."""
     path = Path(name) / "llm2vec_config.json"
     if path.is_file():
-        name = read_json(path).get("base_model_name_or_path", name)
+        settings = read_json(path)
+        name = settings.get("preset") or settings.get("base_model_name_or_path", name)
     name = str(name)
+    if not Path(name).exists():
+        name = name.partition("@")[0]
     return PRESETS.get(name) or next((p for p in PRESETS.values() if name == (p.model, *p.adapters)[-1]), None)
 
 
@@ -73,7 +77,7 @@ def resolve_data(name: str | Path) -> list[Path]:
         path = fetch(repo, None, "dataset", (pattern,))
         return sorted(path.glob(pattern))
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.endswith(TEXT_SUFFIXES))
+        files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES))
         if not files:
             raise ValueError(f"{path}: a folder without text files ({', '.join(TEXT_SUFFIXES)})")
         return files

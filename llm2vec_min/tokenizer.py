@@ -99,6 +99,8 @@ class Tokenizer:
             # spaces off the offsets, so a token of spaces alone starts where it ends.
             begin, stop = len(head) - head.endswith(" "), len(head) + len(text)
             pooled = ((ends > begin) | (starts >= begin)) & ((starts < stop) | (ends <= stop)) & ~inserted
+            if not text:  # the joining space alone is no text
+                pooled[:] = False
             if max_length is not None and len(ids) > max_length:
                 own = np.flatnonzero(pooled)
                 surplus = len(ids) - max_length

@@ -1,6 +1,8 @@
 """The two commands, on a tiny model: the chain, its files, and one clear line for every mistake."""
 
+import fcntl
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +15,11 @@ import train
 from conftest import TEXTS
 
 from llm2vec_min import LLM2Vec
+from llm2vec_min.config import PRESETS
+from llm2vec_min.hub import find_preset
 from llm2vec_min.interop import export
+from llm2vec_min.training.flags import build_parser
+from llm2vec_min.training.loop import Loop
 
 ROOT = Path(__file__).parent.parent
 QUICK = ["--steps", "3", "--batch-size", "4", "--device", "cpu"]
@@ -112,6 +118,68 @@ def test_chunks_do_not_change_the_rows(runs, files, monkeypatch):
     np.testing.assert_allclose(np.load(files / "whole.npy"), np.load(files / "parts.npy"), rtol=1e-4, atol=1e-4)
 
 
+def embed_interrupted(monkeypatch, argv):
+    """Embeds as far as the second chunk."""
+    encode, calls = LLM2Vec.encode, []
+
+    def die_in_the_second_chunk(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        return encode(self, *arguments, **options)
+
+    monkeypatch.setattr(embed, "CHUNK", 1)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LLM2Vec, "encode", die_in_the_second_chunk)
+        embed.main(argv)
+
+
+def test_a_retrained_model_does_not_continue_the_vectors_of_the_old_one(files, runs, model_folder, tmp_path, monkeypatch):
+    train.main(["--model", str(model_folder), "--data", str(files / "text.txt"), "--eval", "", "--output", str(tmp_path / "run"),
+                "--max-length", "16", *QUICK])  # fmt: skip
+    argv = ["--model", str(tmp_path / "run"), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")]
+    embed_interrupted(monkeypatch, argv)
+    train.main(["--model", str(model_folder), "--data", str(files / "text.txt"), "--eval", "", "--output", str(tmp_path / "run"),
+                "--max-length", "16", *QUICK, "--lr", "1e-2", "--overwrite"])  # fmt: skip
+    with pytest.raises(ValueError, match="with other arguments .encoder was '"):
+        embed.main(argv)
+
+
+def test_embedding_ends_whole_whenever_it_was_killed(files, runs, tmp_path, monkeypatch):
+    argv = ["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")]
+    embed.main(argv)
+    expected = np.load(tmp_path / "x.npy")
+    embed_interrupted(monkeypatch, argv)
+    (tmp_path / "x.npy.part").rename(tmp_path / "x.npy")  # as a kill between the last two steps leaves it
+    embed.main(argv)
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, rtol=1e-4, atol=1e-5)
+    assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
+
+
+def test_two_commands_on_one_output(files, runs, tmp_path):
+    with open(tmp_path / "x.npy.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="x.npy: another command is writing it now"):
+            embed.main(["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")])
+
+
+def test_a_file_that_shrinks_is_an_error_not_zeros(files, runs, tmp_path, monkeypatch):
+    lines = list(embed.iter_lines(files / "text.txt"))
+    reads = iter([iter(lines), iter(lines[:100])])
+    monkeypatch.setattr(embed, "iter_lines", lambda *arguments, **options: next(reads))
+    monkeypatch.setattr(embed, "CHUNK", 2)
+    with pytest.raises(ValueError, match="text.txt: 100 lines, but 180 were counted"):
+        embed.main(["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")])
+    assert not (tmp_path / "x.npy").exists()
+
+
+def test_output_that_is_not_utf8(runs):
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run([sys.executable, "embed.py", "--model", str(runs[1]), "ein Bär", "漢字"], cwd=ROOT, capture_output=True,
+                          text=True, env=environment)  # fmt: skip
+    assert done.returncode == 0 and "ein B\\xe4r" in done.stdout
+
+
 def test_help_shows_the_presets_defaults(capsys):
     for argv, expected in (
         (["--model", "mistral-7b"], "--mask-probability MASK_PROBABILITY mntp: share of tokens to predict [0.8]"),
@@ -142,17 +210,99 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--max-length", "1500"], "every 20th line of --data, held out, has .* tokens, at least one block of 1500"),
         (["--stage", "simcse", "--batch-size", "5000"], "the data has 180 examples, fewer than one batch of 5000"),
         (["--preset", "gpt"], "--preset is 'gpt', expected one of"),
-        (["--resume"], "holds no checkpoint of an unfinished run"),
         (["--output", "{runs}"], "already holds files; --overwrite starts anew"),
+        (["--output", "{model}"], "is the --model too; a stage writes into a folder of its own"),
+        (["--mask-probability", "1.5"], r"--mask-probability is 1.5, expected a number in \(0, 1\]"),
+        (["--adam-beta2", "1.5"], r"--adam-beta2 is 1.5, expected a number in \[0, 1\)"),
+        (["--seed", "-1"], "--seed is -1, expected 0 or more"),
+        (["--stage", "simcse", "--batch-size", "1"], "SimCSE's negatives are the other sentences of the batch"),
+        (["--model", "{causal}"], "MNTP trains a bidirectional encoder, found causal=True"),
+        (["--stage", "pretrain", "--hidden-size", "100"], "--hidden-size is 100, expected an even number for each of 4"),
+        (["--stage", "pretrain", "--num-key-value-heads", "3"], "--num-key-value-heads is 3, expected a divisor of 4"),
+        (["--stage", "pretrain", "--data", "{long}", "--batch-size", "9000"], "examples, fewer than one batch of 9000"),
+        (["--model"], "argument --model: expected one argument"),
     ],
 )
-def test_mistakes(argv, message, files, model_folder, runs):
-    argv = [a.replace("{runs}", str(runs[0])) for a in argv]
+def test_mistakes(argv, message, files, model_folder, runs, tmp_path):
+    """Each is refused before anything is written: nothing stands in the way of its correction."""
+    if "{causal}" in argv:
+        train.main(["--stage", "simcse", "--causal", "--model", str(model_folder), "--data", str(files / "text.txt"),
+                    "--output", str(tmp_path / "causal"), *QUICK])  # fmt: skip
+    (tmp_path / "long.txt").write_text("\n".join(TEXTS[:6] * 400))
+    names = {"{runs}": runs[0], "{model}": model_folder, "{causal}": tmp_path / "causal", "{long}": tmp_path / "long.txt"}
+    argv = [str(names.get(a, a)) for a in argv]
     defaults = ["--stage", "mntp", "--model", str(model_folder), "--data", str(files / "text.txt"),
                 "--output", str(files / "new"), "--max-length", "16", *QUICK]  # fmt: skip
     with pytest.raises(ValueError, match=message):
         train.main([*defaults, *argv])
+    assert not (files / "new").exists()
 
+
+def test_an_overwritten_run_stays_whole_until_the_new_one_has_ended(files, model_folder, tmp_path, monkeypatch):
+    flags = ["--model", str(model_folder), "--data", str(files / "text.txt"), "--output", str(tmp_path / "run"), "--eval", "",
+             "--max-length", "16", *QUICK]  # fmt: skip
+    train.main([*flags, "--save-every", "1"])
+    before = {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        update = Loop.update
+
+        def die(self, *arguments):
+            if self.step == 2:
+                raise KeyboardInterrupt
+            update(self, *arguments)
+
+        patch.setattr(Loop, "update", die)
+        train.main([*flags, "--lr", "1e-3", "--save-every", "1", "--overwrite"])
+    assert before == {p.name: p.read_bytes() for p in (tmp_path / "run").iterdir()}
+    train.main([*flags, "--lr", "1e-3", "--save-every", "1", "--resume"])
+    assert json.loads((tmp_path / "run" / "train_args.json").read_text())["lr"] == 1e-3
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
+    (files / "long.txt").write_text("\n".join(TEXTS[:6] * 400))
+    train.main(["--stage", "pretrain", *flags, "--overwrite", "--data", str(files / "long.txt"), "--vocab-size", "300", "--hidden-size", "16", "--intermediate-size",
+                "32", "--num-hidden-layers", "1"])  # fmt: skip
+    names = {p.name for p in (tmp_path / "run").iterdir()}
+    assert "adapter_model.safetensors" not in names and "model.safetensors" in names
+    assert LLM2Vec.from_pretrained(tmp_path / "run").decoder.config.hidden_size == 16
+
+
+def test_resume_at_any_moment(files, model_folder, tmp_path, capsys):
+    """Nothing there, only the arguments, or all of it: the same command gets to the end."""
+    flags = ["--model", str(model_folder), "--data", str(files / "text.txt"), "--output", str(tmp_path / "run"), "--eval", "",
+             "--max-length", "16", "--resume", *QUICK]  # fmt: skip
+    train.main(flags)
+    assert "no checkpoint yet, training starts from the beginning" in capsys.readouterr().out
+    weights = (tmp_path / "run" / "adapter_model.safetensors").read_bytes()
+    metrics = len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines())
+    for file in (tmp_path / "run").iterdir():
+        if file.name not in ("train_args.json", "metrics.jsonl"):
+            file.unlink()
+    train.main(flags)
+    assert (tmp_path / "run" / "adapter_model.safetensors").read_bytes() == weights
+    assert len((tmp_path / "run" / "metrics.jsonl").read_text().splitlines()) == metrics
+    capsys.readouterr()
+    train.main(flags)
+    assert "is finished, nothing is left to do" in capsys.readouterr().out
+
+
+def test_pretraining_is_one_process(files, model_folder, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="--stage pretrain runs in one process, found 2"):
+        train.main(["--stage", "pretrain", "--data", str(files / "text.txt"), "--output", str(files / "new")])
+
+
+def test_a_preset_is_remembered(files, model_folder, tmp_path):
+    """A local copy trained with --preset keeps that recipe in its next stage."""
+    train.main(["--preset", "mistral-7b", "--model", str(model_folder), "--data", str(files / "text.txt"), "--eval", "",
+                "--output", str(tmp_path / "run"), "--max-length", "16", *QUICK])  # fmt: skip
+    assert find_preset(tmp_path / "run") is PRESETS["mistral-7b"]
+    assert LLM2Vec.from_pretrained(tmp_path / "run").preset == "mistral-7b"
+    parser = build_parser(["--stage", "simcse", "--model", str(tmp_path / "run")], "")
+    assert parser.get_default("micro_batch_size") == 32 and parser.get_default("gradient_checkpointing") is True
+
+
+def test_repeated_flags_add_up(files):
+    args = build_parser([], "").parse_args(["--data", "a", "--data", "b", "c"])
+    assert args.data == ["a", "b", "c"]
 
 @pytest.mark.parametrize(
     ("argv", "message"),
@@ -163,10 +313,19 @@ def test_mistakes(argv, message, files, model_folder, runs):
         (["--input", "{text}", "--output", "x.txt"], "ends in .npy"),
         (["--input", "{text}", "--output", "/nowhere/x.npy"], "/nowhere/x.npy: cannot be written"),
         (["a", "--model", "/nowhere"], "neither a folder nor a hub id"),
+        (["a", "--max-length", "0"], "max_length is 0, expected at least 1 token"),
+        (["--input", "{text}", "--output", "{folder.npy}"], "folder.npy: is a folder, expected a file"),
+        (["--input", "{pipe}", "--output", "x.npy"], "a pipe, a device or a folder; it is read twice, so it must be a file"),
+        (["--input", "{cut}", "--output", "x.npy"], "cut.jsonl:2: the text holds half of a surrogate pair"),
     ],
 )
-def test_embed_mistakes(argv, message, files, model_folder):
-    argv = [a.replace("{text}", str(files / "text.txt")) for a in argv]
+def test_embed_mistakes(argv, message, files, model_folder, tmp_path):
+    (tmp_path / "folder.npy").mkdir()
+    os.mkfifo(tmp_path / "pipe")
+    (tmp_path / "cut.jsonl").write_text('"a"\n{"text": "cut \\ud83d"}\n')
+    names = {"{text}": files / "text.txt", "{folder.npy}": tmp_path / "folder.npy", "{pipe}": tmp_path / "pipe",
+             "{cut}": tmp_path / "cut.jsonl"}  # fmt: skip
+    argv = [str(names.get(a, a)) for a in argv]
     if "--model" not in argv:
         argv += ["--model", str(model_folder)]
     with pytest.raises(ValueError, match=message):

@@ -170,3 +170,40 @@ def test_missing_base(run_folders):
 def test_bad_options(model_folder, options, message):
     with pytest.raises(ValueError, match=message):
         LLM2Vec.from_pretrained(model_folder, **options)
+
+
+@pytest.mark.parametrize("wrong", [[None], [5], ["a", None], [("one", "two", "three")], [["Find:", 5]]])
+def test_not_a_text(l2v, wrong):
+    with pytest.raises(ValueError, match="expected a text or an .instruction, text. pair, found"):
+        l2v.encode(wrong)
+
+
+def test_an_empty_text_pools_nothing(l2v):
+    for template in (("", ""), ("[INST] ", " [/INST]")):
+        l2v.template = template
+        assert not l2v.encode(["", ""], "Find this:").any()
+    l2v.template = ("", "")
+    with pytest.raises(ValueError, match="max_length is 0, expected at least 1 token"):
+        LLM2Vec(l2v.decoder, l2v.tokenizer, max_length=0)
+
+
+def test_fingerprint(run_folders, model_folder, tmp_path):
+    """Where the files lie does not matter; whatever changes the vectors does."""
+    first, second, _ = run_folders
+    shutil.copytree(second, tmp_path / "elsewhere")
+    same = {LLM2Vec.from_pretrained(folder, device="cpu").fingerprint() for folder in (second, tmp_path / "elsewhere")}
+    assert len(same) == 1
+    others = [
+        LLM2Vec.from_pretrained(folder, device="cpu", **options).fingerprint()
+        for folder, options in (
+            (model_folder, {}), (first, {}), (second, dict(causal=True)), (second, dict(pooling="mean")),
+            (second, dict(max_length=9)), (second, dict(dtype="bfloat16")),
+        )
+    ]  # fmt: skip
+    templated = LLM2Vec.from_pretrained(second, device="cpu")
+    templated.template = ("<", ">")
+    retrained = LLM2Vec.from_pretrained(first, device="cpu")
+    add_lora(retrained.decoder, r=2)
+    randomize(retrained.decoder, seed=3)
+    merge_lora(retrained.decoder)
+    assert len({*same, *others, templated.fingerprint(), retrained.fingerprint()}) == len(others) + 3

@@ -116,3 +116,9 @@ def test_presets_are_the_papers():
     assert (mistral["mask_probability"], mistral["mask_style"]) == (0.8, "all")
     assert find_preset("mistralai/Mistral-7B-Instruct-v0.2") is PRESETS["mistral-7b"]
     assert find_preset("someone/else") is None
+
+
+def test_a_revision_keeps_its_preset():
+    assert find_preset("mistralai/Mistral-7B-Instruct-v0.2@main") is PRESETS["mistral-7b"]
+    assert find_preset("princeton-nlp/Sheared-LLaMA-1.3B@refs/pr/1") is PRESETS["sheared-llama-1.3b"]
+    assert find_preset("nobody/knows@main") is None

@@ -48,7 +48,8 @@ def export_model(
     Raises:
         ValueError: the folder exists, or sentence-transformers could not give the same vectors, and why.
     """
-    prompts = {"document": "", **(prompts or {})}
+    # both, or sentence-transformers makes up an empty one without the marker
+    prompts = {"query": "", "document": "", **(prompts or {})}
     if sentence_transformers:
         _refuse_unequal(l2v, prompts)
     l2v.check_place(output, overwrite)

@@ -6,6 +6,8 @@
 from __future__ import annotations
 
 import argparse
+import hashlib
+import json
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +33,11 @@ class MTEBEncoder:
         from mteb.models.model_meta import ModelMeta
 
         self.l2v, self.instructions, self.batch_size = l2v, instructions or {}, batch_size
-        # mteb names result folders after it, as owner/name
-        name = "/".join(["llm2vec-min", *Path(str(l2v.base_model)).parts[-1:]])
-        self.mteb_model_meta = ModelMeta.create_empty({"name": name})
+        # mteb keeps results by name (owner/name) and revision: another run on the same base must not find this one's
+        told = hashlib.sha256(json.dumps(self.instructions, sort_keys=True).encode()).hexdigest()[:8]
+        revision = f"{l2v.fingerprint()}-{told}"
+        name = f"llm2vec-min/{Path(l2v.base_model).name or 'model'}-{revision}"
+        self.mteb_model_meta = ModelMeta.create_empty({"name": name, "revision": revision})
 
     def instruction(self, task_metadata, prompt_type=None) -> str:
         """What to put before the texts of one side of a task."""
@@ -77,9 +81,13 @@ def main(argv: list[str]) -> None:
         import mteb
     except ImportError:
         raise ValueError('the mteb package is not installed: pip install "mteb>=2"') from None
+    instructions = read_json(args.instructions) if args.instructions else None
+    try:
+        tasks = mteb.get_tasks(tasks=args.tasks)
+    except KeyError as error:
+        raise ValueError(f"--tasks: {error.args[0].removeprefix('KeyError: ')}") from None
     l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, dtype=args.dtype, device=args.device)
-    encoder = MTEBEncoder(l2v, read_json(args.instructions) if args.instructions else None, args.batch_size)
-    tasks = mteb.get_tasks(tasks=args.tasks)
+    encoder = MTEBEncoder(l2v, instructions, args.batch_size)
     results = mteb.evaluate(encoder, tasks, cache=mteb.ResultCache(args.output))
     for result in results.task_results:
         print(f"{result.task_name}: {100 * result.get_score():.2f}")

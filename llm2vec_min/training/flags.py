@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import os
 from dataclasses import fields
 from importlib.util import find_spec
 from pathlib import Path
@@ -161,6 +162,13 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--output {args.output}: is the --model too; a stage writes into a folder of its own")
     if args.max_length < 4:
         raise ValueError(f"--max-length is {args.max_length}, expected at least 4 tokens")
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    if args.stage == "pretrain" and processes > 1:
+        raise ValueError(f"--stage pretrain runs in one process, found {processes}; start it without torchrun")
+    if args.shard and processes == 1:
+        raise ValueError("--shard spreads the base over several processes, found one: torchrun --nproc_per_node=2 train.py ...")
+    if args.batch_size % processes:
+        raise ValueError(f"--batch-size is {args.batch_size}, which {processes} processes do not divide evenly")
     if args.stage == "mntp" and args.causal:
         raise ValueError("--causal: MNTP trains a bidirectional encoder; the causal baseline is --stage simcse --causal")
     if args.stage == "pretrain" and not args.data:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -17,8 +18,8 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..device import barrier, rank, world_size
-from ..files import write_json
+from ..device import rank, world_size
+from ..files import read_json, replace_folder, write_json
 from . import distributed
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -74,43 +75,62 @@ def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
 
 
-def open_output(output: str | Path, arguments: dict, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """Makes a run's folder and notes the exact arguments in it; of several processes the first does.
+def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False, resume: bool = False) -> Path:
+    """The folder a run is to work in; nothing is written yet. It is the output itself, or `OUTPUT.part` beside it while an
+    earlier run stands there, which stays whole until `finish_output` puts the new one in its place.
 
     Raises:
-        ValueError: the folder already holds something, or there is nothing to resume, or not with these arguments.
+        ValueError: the output already holds something, or `resume` finds a run with other arguments.
     """
     output = Path(output)
-    if rank() > 0:
-        barrier()  # until process 0 has made it
-        return output
+    beside = output.with_name(output.name + ".part")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file, expected a folder")
     if resume:
-        if not (output / CHECKPOINT).is_file():
-            raise ValueError(f"--resume: {output} holds no checkpoint of an unfinished run (see --save-every)")
-        before = json.loads((output / ARGUMENTS).read_text())
-        changed = [name for name in arguments if before.get(name) != arguments[name]]
-        if changed:
-            found = ", ".join(f"{name} was {before.get(name)!r}, is {arguments[name]!r}" for name in changed)
-            raise ValueError(f"--resume: {output} was started with other arguments: {found}")
-        barrier()
-        return output
+        work = beside if beside.is_dir() else output
+        before = read_json(work / ARGUMENTS) if (work / ARGUMENTS).is_file() else {}
+        if changed := [name for name in before if name in arguments and before[name] != arguments[name]]:
+            found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
+            raise ValueError(f"--resume: {work} was started with other arguments: {found}")
+        return work
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            state = "an unfinished run; --resume continues it" if (output / CHECKPOINT).exists() else "files"
+            state = "files" if is_finished(output) else "an unfinished run; --resume continues it"
             raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
         if not (output / ARGUMENTS).exists():
             raise ValueError(f"--output {output}: holds files, but not a run; --overwrite replaces runs only")
-        for name in (CHECKPOINT, METRICS):  # the rest is replaced, file by file, when the new run ends
-            (output / name).unlink(missing_ok=True)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / ARGUMENTS, arguments)
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error})") from None
-    barrier()
+        return beside
     return output
+
+
+def is_finished(work: Path) -> bool:
+    """config.json is the last file of a result, and the checkpoint goes after it."""
+    return (work / "config.json").is_file() and not (work / CHECKPOINT).exists()
+
+
+def open_output(work: Path, arguments: dict | None = None) -> None:
+    """Makes a run's folder, once every check has passed, and notes the exact arguments in it.
+
+    Raises:
+        ValueError: it cannot be written.
+    """
+    try:
+        if work.name.endswith(".part"):  # what an earlier try to replace a run has left
+            shutil.rmtree(work, ignore_errors=True)
+        work.mkdir(parents=True, exist_ok=True)
+        (work / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
+        if arguments is not None:
+            write_json(work / ARGUMENTS, arguments)
+    except OSError as error:
+        raise ValueError(f"--output {work}: cannot be written ({error})") from None
+
+
+def finish_output(work: Path, output: str | Path) -> None:
+    """The run's result is saved in `work`: puts it in its place, and drops the checkpoint, which is no longer needed."""
+    output = Path(output)
+    if work != output:
+        replace_folder(work, output)
+    (output / CHECKPOINT).unlink(missing_ok=True)
 
 
 class Loop:
@@ -123,7 +143,8 @@ class Loop:
 
     Args:
         model: its parameters with requires_grad are trained.
-        output: the run's folder, for metrics and checkpoints; None keeps nothing.
+        output: the run's folder, for metrics and checkpoints, made before the first step; None keeps nothing.
+        arguments: noted in the folder.
         evaluate: called before the first step, every `eval_every` steps and after the last; returns named numbers.
         resume: continue from the folder's checkpoint.
     """
@@ -134,6 +155,7 @@ class Loop:
         settings: Settings,
         output: Path | None = None,
         *,
+        arguments: dict | None = None,
         evaluate: Callable[[], dict] | None = None,
         resume: bool = False,
         quiet: bool = False,
@@ -143,6 +165,7 @@ class Loop:
                 f"--batch-size is {settings.batch_size}, which {world_size()} processes do not divide evenly"
             )
         self.model, self.settings, self.output, self.quiet = model, settings, output, quiet
+        self.arguments, self.is_new = arguments, not resume
         self.is_main = rank() == 0  # who writes and reports
         self.evaluate = evaluate
         self.parameters = trainable_parameters(model)
@@ -159,6 +182,7 @@ class Loop:
 
     def __iter__(self) -> Iterator[int]:
         s = self.settings
+        self.open()
         self.bar = tqdm(total=s.steps, initial=self.start, desc="training", disable=self.quiet or not self.is_main, mininterval=1.0)
         self.model.train()
         if self.start == 0:
@@ -178,6 +202,12 @@ class Loop:
                 self._save_checkpoint(done)
         self.bar.close()
         self.model.eval()
+
+    def open(self) -> None:
+        """Makes the folder of a new run; iterating does it too, once every check has passed."""
+        if self.output is not None and self.is_new and self.is_main:
+            open_output(self.output, self.arguments)
+        self.is_new = False
 
     def micro_batches(self) -> list[slice]:
         """This process's rows of the batch, as many at a time as one forward pass takes."""
@@ -242,6 +272,11 @@ class Loop:
 
     def _load_checkpoint(self) -> int:
         path = self.output / CHECKPOINT
+        if not path.is_file():
+            if self.is_main and not self.quiet:
+                print(f"{self.output}: no checkpoint yet, training starts from the beginning")
+            self.is_new = True
+            return 0
         with safetensors.safe_open(path, framework="pt") as file, torch.no_grad():
             step = int(file.metadata()["step"])
             for name, parameter in self.parameters.items():
@@ -254,8 +289,3 @@ class Loop:
             kept = [line for line in lines if json.loads(line)["step"] <= step]
             (self.output / METRICS).write_text("".join(line + "\n" for line in kept))
         return step
-
-    def finish(self) -> None:
-        """The run's result is saved: the checkpoint is no longer needed."""
-        if self.output is not None and self.is_main:
-            (self.output / CHECKPOINT).unlink(missing_ok=True)

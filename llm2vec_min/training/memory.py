@@ -150,12 +150,10 @@ def plan_run(model: str, stage: str, settings: Settings, device: str | None, dty
     """The plan of what train.py was told, from the model's config.json alone; `WORLD_SIZE` counts the processes.
 
     Raises:
-        ValueError: no such model, or a batch that the processes do not divide.
+        ValueError: no such model.
     """
     config = ModelConfig.from_folder(resolve(model, ("config.json",)))
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    if settings.batch_size % processes:
-        raise ValueError(f"--batch-size is {settings.batch_size}, which {processes} processes do not divide evenly")
     on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
     size = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")].itemsize
     return plan(config, settings, stage, size=size, processes=processes, sharded=sharded, on_gpu=on_gpu)

@@ -114,12 +114,12 @@ def mntp_loss(
 def held_out_score(l2v: LLM2Vec, blocks: np.ndarray, settings: Settings) -> dict:
     """MNTP loss and accuracy on (N, T) blocks, under the same masks at each call."""
     generator = torch.Generator().manual_seed(settings.seed)
+    # all at once: the masks, and so the score, do not depend on the batch size
+    masked_ids, labels = mask_tokens(torch.from_numpy(blocks).long(), **masking(l2v, settings), generator=generator)
     loss, right, count = 0.0, 0, 0
     size = settings.micro_batch_size or settings.batch_size
-    for start in range(0, len(blocks), size):
-        ids = torch.from_numpy(blocks[start : start + size]).long()
-        masked_ids, labels = mask_tokens(ids, **masking(l2v, settings), generator=generator)
-        logits, targets = mntp_logits(l2v.decoder, l2v.lm_head, masked_ids.to(l2v.device), labels.to(l2v.device))
+    for rows in zip(masked_ids.split(size), labels.split(size), strict=True):
+        logits, targets = mntp_logits(l2v.decoder, l2v.lm_head, *(x.to(l2v.device) for x in rows))
         loss += F.cross_entropy(logits, targets, reduction="sum").item()
         right += (logits.argmax(-1) == targets).sum().item()
         count += len(targets)

@@ -87,6 +87,7 @@ def pretrain(
     settings: Settings,
     output: Path | None = None,
     *,
+    tokenizer=None,
     bfloat16: bool = False,
     compiled: bool = False,
     evaluate: Callable[[], dict] | None = None,
@@ -96,6 +97,7 @@ def pretrain(
 
     Args:
         train_blocks, held_out: (N, T) and (M, T) ids.
+        tokenizer: the package's `Tokenizer` of the blocks, saved with a new run.
         compiled: fuse the forward and backward passes with torch.compile (a minute first, then faster).
     """
     device = model.lm_head.weight.device
@@ -108,6 +110,9 @@ def pretrain(
     loss_function = torch.compile(next_token_loss) if compiled else next_token_loss
     loop = Loop(model, settings, output, evaluate=report, **loop_options)
     order = batches(len(train_blocks), settings.batch_size, settings.seed, loop.start)
+    if tokenizer is not None and loop.is_new:
+        loop.open()
+        tokenizer.save(output)
     for _ in loop:
         ids, total = torch.from_numpy(train_blocks[next(order)]).long().to(device), 0.0  # (B, T)
         for rows in loop.micro_batches():

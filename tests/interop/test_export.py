@@ -47,6 +47,17 @@ def test_sentence_transformers(tmp_path, kind, pooling):
     np.testing.assert_allclose(theirs.encode_document(SOME), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("kind", ["llama-2", "mistral", "llama-3", "smollm2"])
+@pytest.mark.parametrize("prompts", [None, {"other": INSTRUCTION}, {"query": INSTRUCTION, "document": INSTRUCTION}])
+def test_queries_and_documents_with_and_without_prompts(tmp_path, kind, prompts):
+    l2v = make(tmp_path, kind)
+    export_model(l2v, tmp_path / "out", prompts=prompts)
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    short = ["a", "Why?", "two words"]
+    for encode, name in ((theirs.encode_query, "query"), (theirs.encode_document, "document")):
+        np.testing.assert_allclose(encode(short), l2v.encode(short, (prompts or {}).get(name)), **TOLERANCE)
+
+
 @pytest.mark.parametrize("variant", ["llama", "mistral", "mistral-window", "qwen2", "llama-llama3-rope", "llama-tied"])
 @pytest.mark.parametrize("causal", [False, True])
 def test_transformers_and_this_project(tmp_path, variant, causal):
@@ -142,6 +153,6 @@ def test_command(tmp_path, capsys):
     make(tmp_path)
     main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "out"), "--prompt", f"query={INSTRUCTION}"])
     prompts = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())["prompts"]
-    assert prompts == {"document": "\x1f", "query": INSTRUCTION + "\x1f"}
+    assert prompts == {"query": INSTRUCTION + "\x1f", "document": "\x1f"}
     with pytest.raises(ValueError, match="expected NAME=INSTRUCTION"):
         main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", "query"])

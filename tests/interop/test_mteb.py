@@ -7,6 +7,7 @@ import pytest
 
 from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import cosine_scores, spearman
+from llm2vec_min.interop import mteb_adapter
 from llm2vec_min.interop.mteb_adapter import MTEBEncoder
 
 mteb = pytest.importorskip("mteb")
@@ -103,3 +104,30 @@ def test_instructions(l2v, prompt, prompt_type, expected):
     task = types.SimpleNamespace(name="T", prompt=prompt)
     assert MTEBEncoder(l2v).instruction(task, prompt_type) == expected
     assert MTEBEncoder(l2v, {"T": "Mine:"}).instruction(task, "query") == "Mine:"
+
+
+def test_results_are_kept_by_what_makes_the_vectors(tmp_path):
+    """mteb's cache gives the second encoder on one base its own score, not the first one's."""
+    encoders = [LLM2Vec.from_pretrained("tiny", device="cpu", **options) for options in ({}, {}, {"causal": True}, {"pooling": "max"})]
+    metas = [MTEBEncoder(l2v).mteb_model_meta for l2v in encoders]
+    assert metas[0].name == metas[1].name and len({(meta.name, meta.revision) for meta in metas}) == 3
+    told = MTEBEncoder(encoders[0], {"LocalSTS": "Compare:"}).mteb_model_meta
+    assert told.revision != metas[0].revision
+    cache, scores = mteb.ResultCache(tmp_path), []
+    for l2v in (encoders[0], encoders[2], encoders[0]):
+        results = mteb.evaluate(MTEBEncoder(l2v), [LocalSTS()], cache=cache, co2_tracker=False)
+        scores.append(results.task_results[0].get_score())
+    assert scores[2] == pytest.approx(scores[0], abs=1e-5) and scores[1] != pytest.approx(scores[0], abs=1e-3)
+
+
+def test_unknown_task_is_refused_before_the_model_loads(tmp_path):
+    with pytest.raises(ValueError, match="--tasks: 'Nope' not found"):
+        mteb_adapter.main(["--model", str(tmp_path / "nowhere"), "--tasks", "Nope"])
+
+
+def test_repeated_tasks_add_up(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(mteb, "get_tasks", lambda tasks: asked.extend(tasks) or [])
+    with pytest.raises(ValueError, match="neither a folder nor a hub id"):
+        mteb_adapter.main(["--model", str(tmp_path / "nowhere"), "--tasks", "STS12", "--tasks", "STS13"])
+    assert asked == ["STS12", "STS13"]

@@ -11,10 +11,11 @@ from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.evaluation import ranks, spearman
+from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
-from llm2vec_min.training.mntp import train_mntp
+from llm2vec_min.training.loop import Settings, finish_output, get_lr, open_output, plan_output
+from llm2vec_min.training.mntp import held_out_score, train_mntp
 from llm2vec_min.training.simcse import train_simcse
-from llm2vec_min.training.loop import Settings, get_lr, open_output
 
 QUICK = dict(steps=6, batch_size=4, max_length=16, lr=1e-3, save_every=2, eval_every=100)
 
@@ -84,7 +85,7 @@ def test_killed_run_resumes_to_the_same_weights(model_folder, stage, tmp_path, m
     assert loop.start == 4
     steps = [[json.loads(line)["step"] for line in open(tmp_path / run / "metrics.jsonl")] for run in "ab"]
     assert steps[0] == steps[1]
-    loop.finish()
+    finish_output(tmp_path / "b", tmp_path / "b")
     assert not (tmp_path / "b" / "checkpoint.safetensors").exists()
 
 
@@ -131,26 +132,47 @@ def test_not_finite_loss_stops(model_folder):
 
 
 def test_output_folder(tmp_path):
-    run = open_output(tmp_path / "run", {"lr": 1})
+    run = tmp_path / "run"
+    assert plan_output(run, {"lr": 1}) == run and not run.exists(), "a plan writes nothing"
+    open_output(run, {"lr": 1})
     assert json.loads((run / "train_args.json").read_text()) == {"lr": 1}
-    with pytest.raises(ValueError, match="already holds files; --overwrite starts anew"):
-        open_output(run, {})
-    with pytest.raises(ValueError, match="holds no checkpoint of an unfinished run"):
-        open_output(run, {"lr": 1}, resume=True)
-    (run / "checkpoint.safetensors").touch()
     with pytest.raises(ValueError, match="an unfinished run; --resume continues it"):
-        open_output(run, {})
+        plan_output(run, {})
+    assert plan_output(run, {"lr": 1}, resume=True) == run
     with pytest.raises(ValueError, match="lr was 1, is 2"):
-        open_output(run, {"lr": 2}, resume=True)
-    open_output(run, {"lr": 2}, overwrite=True)
-    assert not (run / "checkpoint.safetensors").exists()
+        plan_output(run, {"lr": 2}, resume=True)
+    (run / "config.json").write_text("{}")
+    with pytest.raises(ValueError, match="already holds files; --overwrite starts anew"):
+        plan_output(run, {})
+    beside = plan_output(run, {"lr": 2}, overwrite=True)
+    assert beside == tmp_path / "run.part"
+    beside.mkdir()
+    (beside / "of an earlier try").touch()
+    open_output(beside, {"lr": 2})
+    assert [p.name for p in beside.iterdir()] == ["train_args.json"]
+    assert json.loads((run / "train_args.json").read_text()) == {"lr": 1}, "the old run is whole until the new one has ended"
+    assert plan_output(run, {"lr": 2}, resume=True) == beside
+    finish_output(beside, run)
+    assert json.loads((run / "train_args.json").read_text()) == {"lr": 2} and not (run / "config.json").exists()
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
     other = tmp_path / "documents"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
     with pytest.raises(ValueError, match="holds files, but not a run"):
-        open_output(other, {}, overwrite=True)
+        plan_output(other, {}, overwrite=True)
     with pytest.raises(ValueError, match="is a file, expected a folder"):
-        open_output(other / "thesis.txt", {})
+        plan_output(other / "thesis.txt", {})
+
+
+def test_held_out_score_does_not_depend_on_the_batch(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu", lm_head=True)
+    blocks = pack_blocks(l2v.tokenizer, TEXTS[:6] * 8, 16)[:10]
+    scores = [
+        held_out_score(l2v, blocks, Settings(batch_size=batch, micro_batch_size=micro))
+        for batch, micro in ((10, 0), (4, 0), (8, 3))
+    ]
+    for score in scores[1:]:
+        assert score == pytest.approx(scores[0], rel=1e-5)
 
 
 # ---- data ----
@@ -171,6 +193,17 @@ def test_lines(tmp_path):
     assert (train, held) == (["one", "one", "three"], ["two", "four"])
 
 
+def test_lines_are_what_other_tools_count(tmp_path):
+    """No byte order mark in the text, upper-case suffixes, and only "\\n" ends a line."""
+    (tmp_path / "bom.txt").write_bytes(b"\xef\xbb\xbfa cat\nsat\n")
+    assert list(iter_lines(tmp_path / "bom.txt")) == ["a cat", "sat"]
+    (tmp_path / "BOM.JSONL").write_bytes(b'\xef\xbb\xbf{"text": "a cat"}\r\n"sat"\n')
+    assert list(iter_lines(tmp_path / "BOM.JSONL")) == ["a cat", "sat"]
+    (tmp_path / "returns.txt").write_bytes(b"one\rtwo\r\nthree\n")
+    assert list(iter_lines(tmp_path / "returns.txt")) == ["one\rtwo", "three"]
+    assert resolve_data(tmp_path) == [tmp_path / "BOM.JSONL", tmp_path / "bom.txt", tmp_path / "returns.txt"]
+
+
 def test_parquet(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
@@ -181,6 +214,9 @@ def test_parquet(tmp_path, monkeypatch):
     assert list(iter_lines(tmp_path / "a.parquet", keep_empty=True)) == ["one", "", "two"]
     with pytest.raises(ValueError, match="columns are .'words'., expected one named text or sentence"):
         read_lines([tmp_path / "c.parquet"])
+    parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
+    with pytest.raises(ValueError, match="numbers.parquet: column text holds int64, expected strings"):
+        read_lines([tmp_path / "numbers.parquet"])
     (tmp_path / "d.parquet").write_bytes(b"nothing")
     with pytest.raises(ValueError, match="d.parquet: not a readable parquet file"):
         read_lines([tmp_path / "d.parquet"])
@@ -194,6 +230,10 @@ def test_parquet(tmp_path, monkeypatch):
     [
         ("empty.txt", b"\n \n", "empty.txt: no text in it"),
         ("bad.jsonl", b'{"text": "a"}\n{"words": 1}\n', "bad.jsonl:2: expected a JSON string"),
+        ("null.jsonl", b'{"text": null}\n', "null.jsonl:1: expected .* a string \"text\", found '{\"text\": null}'"),
+        ("five.jsonl", b'"a"\n{"text": 5}\n', "five.jsonl:2: expected"),
+        ("list.jsonl", b'["a"]\n', "list.jsonl:1: expected"),
+        ("cut.jsonl", b'"a"\n{"text": "cut \\ud83d"}\n', "cut.jsonl:2: the text holds half of a surrogate pair at character 4"),
         ("bad.txt.gz", b"not gzip", "bad.txt.gz: not a readable text file"),
         ("bad.txt", b"\xff\xfe\xff", "bad.txt: not a readable text file"),
     ],
