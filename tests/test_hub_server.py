@@ -11,6 +11,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import unquote, urlparse
 
+import pyarrow
+import pyarrow.parquet
 import pytest
 import torch
 from conftest import make_reference, write_tokenizer
@@ -69,6 +71,10 @@ class Hub(BaseHTTPRequestHandler):
             server.log.append((name, start))
         drop = body and server.drop > 0 and name == "model.safetensors"
         server.drop -= drop
+        if body and server.stalled is not None and name == "model.safetensors":
+            self.send(200, data, headers, half=True)
+            server.stalled.wait(60)  # until the process at the other end has been killed
+            return
         if start:
             headers["Content-Range"] = f"bytes {start}-{len(data) - 1}/{len(data)}"
         self.send(206 if start else 200, data[start:], headers, half=drop)
@@ -96,15 +102,17 @@ def files(tmp_path_factory):
     plain = {p.name: p.read_bytes() for p in folder.iterdir()} | {"consolidated.safetensors": b"x" * 10**6, "README.md": b"hi"}
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     pickled = {name: data for name, data in plain.items() if "safetensors" not in name}
-    sentences = {"wiki1m_for_simcse.txt": b"one sentence\nanother\n", "nli_for_simcse.csv": b"a,b\n"}
-    return {"princeton-nlp/datasets-for-simcse": sentences, "some/model": plain, "some/old": pickled | {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()}}
+    sentences = {"wiki1m_for_simcse.txt": "".join(f"sentence {i} of them\n" for i in range(400)).encode(), "nli_for_simcse.csv": b"a,b\n"}
+    pyarrow.parquet.write_table(pyarrow.table({"text": [f" = Title {i} = \n" for i in range(400)]}), folder / "x.parquet")
+    wikitext = {"wikitext-103-raw-v1/train-00000-of-00001.parquet": (folder / "x.parquet").read_bytes(), "README.md": b"hi"}
+    return {"Salesforce/wikitext": wikitext, "princeton-nlp/Sheared-LLaMA-1.3B": plain, "princeton-nlp/datasets-for-simcse": sentences, "some/model": plain, "some/old": pickled | {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()}}
 
 
 @pytest.fixture
 def hub(files, tmp_path):
     """A running server, and `ask(name, **environment)` -> what a fresh process prints."""
     server = ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    server.repos, server.log, server.drop = files, [], 0
+    server.repos, server.log, server.drop, server.stalled = files, [], 0, None
     threading.Thread(target=server.serve_forever, daemon=True).start()
     fixed = {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}", "HF_HOME": str(tmp_path / "hf"), "HF_HUB_OFFLINE": "0",
              "HF_HUB_DISABLE_PROGRESS_BARS": "1", "XDG_CACHE_HOME": str(tmp_path / "cache"), "no_proxy": "*",
@@ -117,7 +125,7 @@ def hub(files, tmp_path):
         assert "Traceback" not in done.stderr, done.stderr
         return done.stdout.strip()
 
-    server.ask = ask
+    server.ask, server.environment = ask, os.environ | fixed
     yield server
     server.shutdown()
     server.server_close()
@@ -160,8 +168,8 @@ def test_revision_and_pickles(hub):
 
 def test_data_set_by_name(hub):
     script = "from llm2vec_min.hub import resolve_data\nfrom llm2vec_min.data import read_lines\n" \
-        "print(read_lines(resolve_data('wiki1m')))"  # fmt: skip
-    assert hub.ask("", script=script) == "['one sentence', 'another']"
+        "print(read_lines(resolve_data('wiki1m'))[:2])"  # fmt: skip
+    assert hub.ask("", script=script) == "['sentence 0 of them', 'sentence 1 of them']"
     assert [name for name, _ in hub.log] == ["wiki1m_for_simcse.txt"]
 
 
@@ -171,4 +179,53 @@ def test_dropped_connection(hub):
     answer = hub.ask("some/model")
     assert answer.startswith("error model 'some/model' could not be downloaded"), answer
     hub.drop = 1
+    assert hub.ask("some/model").startswith("vector")
+
+
+# The README's commands, word for word; only the recipe's sizes are made small enough for a test.
+COMMAND = """
+import sys, shlex
+if "--without-pyarrow" in sys.argv[1]:
+    sys.modules["pyarrow"] = None
+from llm2vec_min.config import PAPER, PRESETS
+for stage in PAPER.values():
+    stage.update(steps=2, batch_size=4, max_length=16, warmup_steps=0)
+import train
+from llm2vec_min.cli import run
+sys.argv = ["train.py", *shlex.split(sys.argv[1].replace("--without-pyarrow", ""))]
+run(train.main)
+"""
+
+
+@pytest.mark.parametrize("pyarrow", [True, False], ids=["pyarrow", "no-pyarrow"])
+def test_the_missions_own_commands(hub, tmp_path, pyarrow):
+    """From an empty cache, all the way to the vectors' adapter."""
+    script = f"import os; os.chdir({str(tmp_path)!r}); import sys; sys.path.insert(0, {str(ROOT)!r})\n{COMMAND}"
+    without = "" if pyarrow else " --without-pyarrow"
+    out = hub.ask("--stage mntp --model sheared-llama-1.3b" + without, script)
+    data = "wikitext-103" if pyarrow else "wiki1m"
+    assert f"mntp of sheared-llama-1.3b on {data}, in float32: the recipe" in out and "saved to runs/mntp" in out
+    assert ("wikitext-103 needs pyarrow (pip install pyarrow); wiki1m has text enough" in out) is not pyarrow
+    sent = {name for name, _ in hub.log}
+    assert sent == {"config.json", "model.safetensors", "tokenizer.json", "tokenizer_config.json",
+                    "wikitext-103-raw-v1/train-00000-of-00001.parquet" if pyarrow else "wiki1m_for_simcse.txt"}  # fmt: skip
+    out = hub.ask("--stage simcse --model runs/mntp" + without, script)
+    assert "simcse of runs/mntp on wiki1m" in out and "saved to runs/simcse" in out
+    assert (tmp_path / "runs" / "simcse" / "adapters" / "0" / "adapter_model.safetensors").is_file()
+
+
+def test_dry_run_asks_for_no_data(hub):
+    assert "peak memory" in hub.ask("--stage mntp --model sheared-llama-1.3b --dry-run", COMMAND)
+    assert {name for name, _ in hub.log} == {"config.json"}
+
+
+def test_killed_in_the_middle_of_a_download(hub, tmp_path):
+    hub.stalled = threading.Event()
+    process = subprocess.Popen([sys.executable, "-c", SCRIPT, "some/model"], cwd=ROOT, env=hub.environment)
+    while ("model.safetensors", 0) not in hub.log:
+        assert process.poll() is None
+    process.kill()
+    process.wait()
+    hub.stalled.set()
+    hub.stalled = None
     assert hub.ask("some/model").startswith("vector")
