@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--instruction", help='put before each text and not pooled, such as "Retrieve similar texts:"')
     parser.add_argument("--pooling", choices=POOLING_MODES, help="token states to one vector [the model's own]")
     parser.add_argument("--normalize", action="store_true", help="scale each vector to length 1")
+    parser.add_argument("--dim", type=int, help="only the first so many numbers of each vector (see train.py --matryoshka)")
     parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass [32]")
     parser.add_argument("--max-length", type=int, help="tokens per text; longer ones are cut [the model's own, 512]")
     parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own: both ways]")
@@ -45,7 +46,7 @@ def build_parser() -> argparse.ArgumentParser:
 
 def print_table(l2v: LLM2Vec, args: argparse.Namespace) -> None:
     """Cosine similarity of each text with each other, numbered as given."""
-    vectors = l2v.encode(args.texts, args.instruction, batch_size=args.batch_size, normalize=True)
+    vectors = l2v.encode(args.texts, args.instruction, batch_size=args.batch_size, normalize=True, dim=args.dim)
     for number, text in enumerate(args.texts, 1):
         print(f"{number:>3}  {text[:100]}")
     cosines = vectors @ vectors.T
@@ -110,7 +111,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     `world_size`-th chunk is this process's; chunks that an earlier run has written are skipped."""
     output, chunk, file = Path(args.output), CHUNK * args.batch_size, Path(args.input).stat()
     made_from = {name: value for name, value in vars(args).items() if name not in NOT_IN_THE_VECTORS}
-    made_from |= {"shape": [count, l2v.decoder.config.hidden_size], "chunk": chunk, "encoder": l2v.fingerprint()}
+    made_from |= {"shape": [count, args.dim or l2v.decoder.config.hidden_size], "chunk": chunk, "encoder": l2v.fingerprint()}
     made_from |= {"bytes": file.st_size, "modified": file.st_mtime}
     if rank() == 0:
         start_part(args, made_from)
@@ -127,7 +128,9 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
             if len(texts) != min(chunk, count - first):
                 raise ValueError(f"{args.input}: {first + len(texts)} lines, but {count} were counted; it changed meanwhile")
             if number % world_size() == rank() and not done[number]:
-                rows = l2v.encode(texts, args.instruction, batch_size=args.batch_size, normalize=args.normalize)
+                rows = l2v.encode(
+                    texts, args.instruction, batch_size=args.batch_size, normalize=args.normalize, dim=args.dim
+                )
                 vectors[first : first + len(texts)] = rows
                 vectors.flush()
                 done[number] = 1  # after its vectors are on the disk

@@ -2,7 +2,8 @@
 
     python train.py --stage mntp                        # the model that ships with the package, in two minutes
     python train.py --stage simcse --model runs/mntp
-    python embed.py --model runs/simcse "a text" "another"
+    python train.py --stage supervised --model runs/simcse
+    python embed.py --model runs/supervised "a text" "another"
 
     python train.py --stage mntp --model sheared-llama-1.3b --output runs/sheared-mntp
 """
@@ -31,6 +32,8 @@ from llm2vec_min.training.loop import CHECKPOINT, Settings, finish_output, is_fi
 from llm2vec_min.training.mntp import train_mntp
 from llm2vec_min.training.pretrain import pretrain, train_tokenizer
 from llm2vec_min.training.simcse import train_simcse
+from llm2vec_min.training.supervised import train_supervised
+from llm2vec_min.training.triplets import draw, read_triplets
 from llm2vec_min.weights import save_checkpoint
 
 
@@ -72,13 +75,20 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, argum
 
 
 def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
-    """MNTP or SimCSE: base and earlier adapters merged, a fresh adapter trained and saved."""
+    """MNTP, SimCSE or supervised: base and earlier adapters merged, a fresh adapter trained and saved."""
     if args.eval:
         read_pairs(args.eval)  # its mistakes now, not after the model has loaded
     if args.stage == "mntp":
         train_lines, held_lines = read_split(args.data, every=20)
-    else:
+    elif args.stage == "simcse":
         train_lines = read_lines(args.data)
+    else:
+        sets, equal = read_triplets(args.data, args.symmetric, args.ratio)
+        draw(sets, settings)  # refuses what cannot be trained on
+        if rank() == 0:
+            print(", ".join(f"{name}: {len(triplets):,} triplets" for name, triplets, _ in sets))
+            if equal:
+                print(f"{equal:,} negatives equal their positive: left out")
     l2v = LLM2Vec.from_pretrained(
         args.model,
         adapters=args.adapter,
@@ -110,8 +120,10 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         blocks = pack_blocks(l2v.tokenizer, train_lines, args.max_length, "--data")
         held_out = pack_blocks(l2v.tokenizer, held_lines, args.max_length, "every 20th line of --data, held out,")
         train_mntp(l2v, blocks, held_out[:64], settings, work, **options)
-    else:
+    elif args.stage == "simcse":
         train_simcse(l2v, train_lines, settings, work, **options)
+    else:
+        train_supervised(l2v, sets, settings, work, **options)
     if rank() == 0:
         l2v.save_run(work, args.stage)
 

@@ -115,7 +115,8 @@ class Preset:
     model: str  # hub id, or a folder of this package
     mntp: dict = field(default_factory=dict)
     simcse: dict = field(default_factory=dict)
-    template: tuple[str, str] = ("", "")  # around instruction and text when encoding; MNTP and SimCSE use none
+    supervised: dict = field(default_factory=dict)
+    template: tuple[str, str] = ("", "")  # around instruction and text, in encoding and stage 3; MNTP and SimCSE use none
     adapters: tuple[str, ...] = ()  # hub ids to merge on top of `model`, in order
 
 
@@ -123,15 +124,16 @@ class Preset:
 PAPER = {
     "mntp": dict(steps=1000, batch_size=32, max_length=512, lr=5e-5, mask_probability=0.2, mask_style="bert"),
     "simcse": dict(steps=1000, batch_size=128, max_length=128, lr=3e-5, attention_dropout=0.3, temperature=0.05),
+    "supervised": dict(steps=1000, batch_size=512, max_length=512, lr=2e-4, warmup_steps=300, temperature=0.02),
     "pretrain": dict(
         steps=9000, batch_size=32, max_length=128, lr=3e-3, warmup_steps=200, schedule="cosine",
         weight_decay=0.1, adam_beta2=0.95, eval_every=1000,
     ),
 }  # fmt: skip
 # So that each fits into 24 GB (`--dry-run`). What is trained is the same.
-SMALL = (dict(micro_batch_size=8), dict(gradient_checkpointing=True))  # 1-2B: mntp, simcse
-BIG = tuple(dict(gradient_checkpointing=True, micro_batch_size=size) for size in (8, 32))  # 3-8B
-MISTRAL = (BIG[0] | dict(mask_probability=0.8, mask_style="all"), BIG[1])
+SMALL = (dict(micro_batch_size=8), dict(gradient_checkpointing=True), dict(micro_batch_size=8))  # 1-2B: mntp, simcse, supervised
+BIG = tuple(dict(gradient_checkpointing=True, micro_batch_size=size) for size in (8, 32, 8))  # 3-8B
+MISTRAL = (BIG[0] | dict(mask_probability=0.8, mask_style="all"), *BIG[1:])
 CHAT = ("[INST] ", " [/INST]")
 LLAMA_3_CHAT = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
 PRESETS = {

@@ -34,6 +34,16 @@ def iter_parquet(path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from None
 
 
+def iter_raw(path: str | Path) -> Iterator[str]:
+    """The lines of a text file, plain or compressed (.gz, .xz), as they are; ValueError that names a file it cannot read."""
+    try:
+        # a byte order mark is no text, and only "\n" ends a line: row i of the vectors is line i as other tools count
+        with OPENERS.get(Path(path).suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            yield from file
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable text file ({error})") from None
+
+
 def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
     """The lines of a .txt or .jsonl file (field "text"), plain or compressed (.gz, .xz), or of a .parquet file's column
     "text", stripped, empty ones left out.
@@ -46,17 +56,11 @@ def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
     if suffixes[-1:] == [".parquet"]:
         yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
         return
-    opener = OPENERS.get(suffixes[-1] if suffixes else "", open)
-    try:
-        # a byte order mark is no text, and only "\n" ends a line: row i of the vectors is line i as other tools count
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                if ".jsonl" in suffixes and line.strip():
-                    line = _text_of(line, f"{path}:{number}")
-                if keep_empty or line.strip():
-                    yield line.strip()
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable text file ({error})") from None
+    for number, line in enumerate(iter_raw(path), 1):
+        if ".jsonl" in suffixes and line.strip():
+            line = _text_of(line, f"{path}:{number}")
+        if keep_empty or line.strip():
+            yield line.strip()
 
 
 def _text_of(line: str, where: str) -> str:

@@ -176,7 +176,7 @@ class LLM2Vec(nn.Module):
 
     # ---- text to vectors ----
 
-    def tokenize(self, texts: list, instruction: str | None = None) -> list:
+    def tokenize(self, texts: list, instruction: str | None = None, max_length: int | None = None) -> list:
         """Ids and pooled positions of each text; an item may also be an [instruction, text] pair of its own."""
         pairs = [(instruction, item) if isinstance(item, str) else item for item in texts]
         for item in pairs:
@@ -186,7 +186,7 @@ class LLM2Vec(nn.Module):
         return self.tokenizer.encode(
             [text for _, text in pairs],
             instruction=[i or "" for i, _ in pairs],
-            max_length=self.max_length,
+            max_length=max_length or self.max_length,
             prefix=prefix,
             suffix=suffix,
         )
@@ -209,6 +209,7 @@ class LLM2Vec(nn.Module):
         batch_size: int = 32,
         pooling: str | None = "default",
         normalize: bool = False,
+        dim: int | None = None,
         show_progress: bool = False,
     ) -> np.ndarray | list[np.ndarray]:
         """Embeddings of any number of texts.
@@ -220,14 +221,18 @@ class LLM2Vec(nn.Module):
                 that little padding is computed.
             pooling: another than the model's own; None gives the states of each text's own tokens instead.
             normalize: scale each vector to length 1.
+            dim: only the first numbers of each vector, as many; for a model that was trained with `--matryoshka`.
         Returns:
-            (N, C) float32, (C,) for one text, a list of (T_i, C) for pooling=None. A vector does not depend on the
+            (N, C) float32, or (N, dim); (C,) for one text, a list of (T_i, C) for pooling=None. A vector does not depend on the
             batch it was in. An empty text has no token of its own and gives zeros (normalised or not).
         """
         if isinstance(texts, str):
             return self.encode(
-                [texts], instruction, pooling=pooling, normalize=normalize, show_progress=show_progress
+                [texts], instruction, pooling=pooling, normalize=normalize, dim=dim, show_progress=show_progress
             )[0]
+        width = self.decoder.config.hidden_size
+        if dim is not None and not 0 < dim <= width:
+            raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
         was_training = self.training
         self.eval()
@@ -242,6 +247,7 @@ class LLM2Vec(nn.Module):
                 else:
                     vectors = pool(hidden, pool_mask, mode)
                 for i, vector in zip(rows, vectors, strict=True):
+                    vector = vector[..., :dim]
                     if normalize:
                         vector = nn.functional.normalize(vector, dim=-1)
                     results[i] = vector.cpu().numpy()
@@ -249,7 +255,7 @@ class LLM2Vec(nn.Module):
         self.train(was_training)
         if mode is None:
             return results
-        return np.stack(results) if results else np.zeros((0, self.decoder.config.hidden_size), dtype=np.float32)
+        return np.stack(results) if results else np.zeros((0, dim or width), dtype=np.float32)
 
     def fingerprint(self) -> str:
         """16 hex digits that differ between encoders whose vectors differ: other weights, adapters, dtype, tokenizer or

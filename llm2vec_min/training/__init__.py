@@ -1,11 +1,25 @@
 """From a batch to an adapter: one file per stage, each with its whole method.
 
-Read mntp, then simcse. They stand on loop (schedule, resume, metrics); pretrain makes a small Llama to begin with;
+Read mntp, simcse, then supervised (with triplets, its data). They stand on loop (schedule, resume, metrics); pretrain makes a small Llama to begin with;
 distributed and memory are for large ones; flags is what train.py can be told.
 """
 
 from .loop import Loop, Settings
 from .mntp import mask_tokens, mntp_loss, train_mntp
 from .simcse import info_nce, train_simcse
+from .supervised import train_supervised
+from .triplets import DataSet, Triplet, read_triplets
 
-__all__ = ["Loop", "Settings", "info_nce", "mask_tokens", "mntp_loss", "train_mntp", "train_simcse"]
+__all__ = [
+    "DataSet",
+    "Loop",
+    "Settings",
+    "Triplet",
+    "info_nce",
+    "mask_tokens",
+    "mntp_loss",
+    "read_triplets",
+    "train_mntp",
+    "train_simcse",
+    "train_supervised",
+]

@@ -16,16 +16,17 @@ from ..pooling import POOLING_MODES
 from .loop import Settings
 from .mntp import MASK_STYLES
 
-STAGES = ("pretrain", "mntp", "simcse")
+STAGES = ("pretrain", "mntp", "simcse", "supervised")
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
 def default_data(stage: str, preset: Preset | None) -> list[str]:
-    """The text a stage trains on where --data names none: the shipped one for `tiny`, else the paper's; none for pretraining."""
-    if stage == "pretrain":
+    """The text a stage trains on where --data names none: the shipped one for `tiny`, else the paper's; none for pretraining,
+    and no triplets, since the paper's are on no hub."""
+    if preset is PRESETS["tiny"] and stage != "pretrain":
+        return [str(ASSETS / "text" / ("triplets.jsonl" if stage == "supervised" else "train.txt"))]
+    if stage in ("pretrain", "supervised"):
         return []
-    if preset is PRESETS["tiny"]:
-        return [str(ASSETS / "text" / "train.txt")]
     # WikiText-103 comes as parquet; wiki1m is plain text, and with 20 million tokens enough for MNTP's 16 million
     return ["wikitext-103" if stage == "mntp" and find_spec("pyarrow") else "wiki1m"]
 
@@ -62,13 +63,15 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
         group.add_argument(flag, default=default, help=text.replace("%", "%%"), **options)
 
     group = parser.add_argument_group("what")
-    add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1) or simcse (stage 2)", default="mntp")
+    add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1), simcse (stage 2) or supervised (stage 3)", default="mntp")
     add(group, "--model", "preset, hub id (owner/name@revision), folder, or an earlier stage's output", default="tiny")
     add(group, "--adapter", "PEFT folder or hub id to merge into it first; give it again for the next", action="append",
         default=[], metavar="DIR")  # fmt: skip
     add(group, "--preset", "take the recipe and chat template of this preset, for a local copy of its model")
     add(group, "--data", f"text, one sentence or paragraph a line: {', '.join(DATASETS)}, or files and folders of .txt, .jsonl "
-        "(also .gz, .xz) or .parquet; named twice, it counts twice"
+        "(also .gz, .xz) or .parquet; named twice, it counts twice; supervised: .jsonl of "
+        '{"query", "positive", "negative" (or none, or a list), "instruction" (or none)}, each file a data set, or the authors\' '
+        "folder echo-data"
         f"{f' [{data[0]}]' if data else ''}", nargs="+", action="extend", metavar="FILE")  # fmt: skip
     add(group, "--output", "folder for the result", default=f"runs/{known.stage}")
     add(group, "--eval", "pairs file (score<tab>sentence<tab>sentence): prints Spearman before, during, after",
@@ -78,10 +81,10 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
 
     group = parser.add_argument_group("optimization")
     add(group, "--steps", "optimizer steps", type=int)
-    add(group, "--batch-size", "sequences per optimizer step, over all processes", type=int)
-    add(group, "--micro-batch-size", "sequences per forward pass of one process: less memory for the same result (simcse: "
-        "GradCache, a third more time); 0: its whole share of the batch", type=int)  # fmt: skip
-    add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse", type=int)
+    add(group, "--batch-size", "sequences (supervised: triplets) per optimizer step, over all processes", type=int)
+    add(group, "--micro-batch-size", "sequences per forward pass of one process: less memory for the same result (simcse "
+        "and supervised, which counts texts: GradCache, a third more time); 0: its whole share of the batch", type=int)  # fmt: skip
+    add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse and supervised", type=int)
     add(group, "--lr", "peak learning rate", type=float)
     add(group, "--warmup-steps", "steps of linear warmup", type=int)
     add(group, "--schedule", "decay to zero: linear or cosine", choices=("linear", "cosine"))
@@ -90,7 +93,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--max-grad-norm", "clip the gradient at this norm", type=float)
     add(group, "--seed", "of everything random", type=int)
 
-    group = parser.add_argument_group("LoRA (mntp, simcse)")
+    group = parser.add_argument_group("LoRA (all stages but pretrain)")
     add(group, "--lora-r", "rank", type=int)
     add(group, "--lora-alpha", "the update is scaled by alpha / r", type=float)
     add(group, "--lora-dropout", "on what enters the adapter", type=float)
@@ -99,9 +102,19 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--mask-probability", "mntp: share of tokens to predict", type=float)
     add(group, "--mask-style", "mntp: bert = 80 % mask, 10 % random, 10 % kept; all = all masked", choices=MASK_STYLES)
     add(group, "--attention-dropout", "simcse: on attention probabilities, the noise between twins", type=float)
-    add(group, "--temperature", "simcse: divides the cosines", type=float)
+    add(group, "--temperature", "simcse, supervised: divides the cosines", type=float)
     add(group, "--pooling", "token states to one vector [the model's own, mean]", choices=POOLING_MODES)
-    add(group, "--causal", "simcse: keep the causal mask (the baseline)", action="store_true", default=False)
+    add(group, "--causal", "simcse, supervised: keep the causal mask (the baseline)", action="store_true", default=False)
+    add(group, "--ratio", "supervised: draw a data set (by the name of its file) so many times as often as its size says",
+        nargs="+", action="extend", default=[], metavar="NAME=2")  # fmt: skip
+    add(group, "--symmetric", "supervised: data sets whose positives and negatives get the instruction too; no name: all",
+        nargs="*", metavar="NAME")  # fmt: skip
+    add(group, "--in-batch-negatives", "supervised: compare with the batch's other positives and negatives, too",
+        action=argparse.BooleanOptionalAction)  # fmt: skip
+    add(group, "--filter-negatives", "supervised: leave out hard negatives whose cosine, to the model as it starts, is above "
+        "this share of the positive's, such as 0.95; 0: none", type=float)  # fmt: skip
+    add(group, "--matryoshka", "supervised: train the first so many numbers of the vectors, too, to be used alone (embed.py "
+        "--dim)", nargs="+", type=int, default=[], metavar="DIM")  # fmt: skip
 
     group = parser.add_argument_group("machine")
     add(group, "--device", "cpu, cuda, cuda:1, mps; default: the first GPU if there is one")
@@ -150,8 +163,12 @@ def check(args: argparse.Namespace) -> None:
         raise ValueError(f"--mask-probability is {args.mask_probability}, expected a number in (0, 1]")
     if not 0 <= args.adam_beta2 < 1:
         raise ValueError(f"--adam-beta2 is {args.adam_beta2}, expected a number in [0, 1)")
-    if args.stage == "simcse" and args.batch_size < 2:
-        raise ValueError("--batch-size is 1: SimCSE's negatives are the other sentences of the batch, it needs at least 2")
+    if args.filter_negatives < 0:
+        raise ValueError(f"--filter-negatives is {args.filter_negatives}, expected a share of the positive's cosine, or 0")
+    if args.stage in ("simcse", "supervised") and args.batch_size < 2:
+        raise ValueError("--batch-size is 1: the negatives are the other texts of the batch, it needs at least 2")
+    if args.stage == "supervised" and not args.data and not default_data(args.stage, find_preset(args.preset or args.model)):
+        raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
     if args.stage == "pretrain":
         heads, width = args.num_attention_heads, args.hidden_size
         if heads < 1 or width % (2 * heads):

@@ -48,6 +48,9 @@ class Settings:
     mask_style: str = "bert"
     attention_dropout: float = 0.3
     temperature: float = 0.05  # cosine / temperature; 0.05 is the paper's scale of 20
+    in_batch_negatives: bool = True
+    filter_negatives: float = 0.0  # share of the positive's cosine; 0: keep all hard negatives
+    matryoshka: tuple[int, ...] = ()  # sizes of shorter vectors to train, too
     gradient_checkpointing: bool = False
     seed: int = 0
     eval_every: int = 0  # steps; 0: a quarter of the run

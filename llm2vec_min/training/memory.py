@@ -23,7 +23,7 @@ class Plan:
 
     parameters: int  # of the base: decoder, and output head for MNTP
     trained: int
-    tokens: int  # of a step, over all processes; at most (simcse: both twins, every sentence as long as --max-length)
+    tokens: int  # of a step, over all processes; at most (every text as long as --max-length; simcse: both twins)
     operations: dict[str, float]
     memory: dict[str, float]
     lower: dict[str, str]  # item of memory -> how to make it smaller
@@ -89,22 +89,22 @@ def plan(
     sharded: bool = False,
     on_gpu: bool = True,
 ) -> Plan:
-    """Predicts a step of `mntp` or `simcse`.
+    """Predicts a step of `mntp`, `simcse` or `supervised` (there with one hard negative of each query).
 
     Args:
         size: bytes of one number in the base's dtype: 2 for bfloat16, 4 for float32.
         processes: among which the batch is split.
         sharded: whether they also share the base (`--shard`).
     """
-    is_mntp = stage == "mntp"
+    is_mntp, is_simcse = stage == "mntp", stage == "simcse"
     C, V, L, T = config.hidden_size, config.vocab_size, config.num_hidden_layers, settings.max_length
     count, adapter = count_parameters(config), count_adapter(config, settings.lora_r)
     head = count["head"] if is_mntp else 0
-    share = settings.batch_size // processes
+    share = settings.batch_size // processes * (3 if stage == "supervised" else 1)  # that stage counts texts, not rows, from here on
     part = min(settings.micro_batch_size or share, share)
-    rows = part if is_mntp else 2 * part  # of one forward pass
+    rows = 2 * part if is_simcse else part  # of one forward pass
     tokens = rows * T
-    total = (1 if is_mntp else 2) * settings.batch_size * T
+    total = {"mntp": 1, "simcse": 2, "supervised": 3}[stage] * settings.batch_size * T
 
     # ---- operations: 2 per weight and token ----
     layers, q = L * count["layer"], config.num_attention_heads * config.head_dim
@@ -121,7 +121,7 @@ def plan(
 
     # ---- memory ----
     kept = kept_per_token(config, settings, size, on_gpu) * tokens
-    if not on_gpu and settings.attention_dropout and not is_mntp:  # probabilities: softmax, dropped, and which
+    if not on_gpu and settings.attention_dropout and is_simcse:  # probabilities: softmax, dropped, and which
         kept += rows * config.num_attention_heads * T * T * (4 + 2 * size)
     states = tokens * C * size
     whole = layers if not sharded else layers / processes + 2 * count["layer"]  # two: one runs, the next one arrives

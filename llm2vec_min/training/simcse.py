@@ -23,16 +23,19 @@ from . import distributed
 from .loop import Loop, Settings
 
 
-def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05) -> Tensor:
+def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05, counted: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of finding candidate i among all candidates by its cosine with query i.
 
     Args:
         queries: (B, C); candidates: (N, C) with N >= B, candidate i being the positive of query i. Float32.
         temperature: divides the cosines; 0.05 is a scale of 20.
+        counted: (B, N) bool, which candidates a query is compared with, its positive always; None: all.
     Returns:
         Scalar, in nats.
     """
     cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, N), in [-1, 1]
+    if counted is not None:
+        cosines = cosines.masked_fill(~counted, -torch.inf)
     return F.cross_entropy(cosines / temperature, torch.arange(len(queries), device=queries.device))
 
 
@@ -44,35 +47,29 @@ def embed_twins(l2v: LLM2Vec, encoded: list) -> tuple[Tensor, Tensor]:
     return first, second
 
 
-def backward(l2v: LLM2Vec, parts: list[list], temperature: float, seed_dropout: Callable[[int], None]) -> Tensor:
-    """One step's loss over the twins of all processes, with its gradient added to the adapter's.
+def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
+    """One step's loss over the vectors of all processes, with its gradient added to the adapter's.
 
     The loss needs every vector of the batch, the memory of a forward pass only one part's. So, with several parts
     (GradCache, arXiv 2101.06983): all vectors first, without a graph; the gradient of the loss with respect to each
     vector; then each part once more, with a graph and the same noise, to carry its vectors' gradients on to the weights.
 
     Args:
-        parts: this process's tokenized sentences, one list per forward pass.
-        seed_dropout: called with the part's number before each of its forward passes.
+        embed: a part's number to its vectors, (n, ..., C), with the same noise in every call.
+        parts: how many this process has; its vectors are as many as any other's.
+        loss_of: all vectors, process after process, to the loss.
     Returns:
-        Scalar: this process's share of the loss, which is the mean over all sentences.
+        Scalar: this process's share of the loss.
     """
-
-    def embed(part: int) -> Tensor:
-        seed_dropout(part)
-        return torch.stack(embed_twins(l2v, parts[part]), dim=1)  # (b, 2, C)
-
-    with torch.set_grad_enabled(len(parts) == 1):
-        mine = [embed(part) for part in range(len(parts))]
-
-    twins = distributed.gather(torch.cat(mine)).requires_grad_()  # (B, 2, C), those of all processes
-    loss = info_nce(twins[:, 0], twins[:, 1], temperature)
-    (gradient,) = torch.autograd.grad(loss, twins)
+    with torch.set_grad_enabled(parts == 1):
+        mine = [embed(part) for part in range(parts)]
+    vectors = distributed.gather(torch.cat(mine)).requires_grad_()  # those of all processes
+    loss = loss_of(vectors)
+    (gradient,) = torch.autograd.grad(loss, vectors)
     gradient = gradient.chunk(world_size())[rank()]  # of this process's vectors
-
-    for part, of_vectors in enumerate(gradient.split([len(sentences) for sentences in parts])):
-        vectors = mine[0] if len(parts) == 1 else embed(part)
-        vectors.backward(of_vectors)
+    for part, of_vectors in enumerate(gradient.split([len(some) for some in mine])):
+        again = mine[0] if parts == 1 else embed(part)
+        again.backward(of_vectors)
     return loss / world_size()
 
 
@@ -127,7 +124,12 @@ def train_simcse(
     for _ in loop:
         rows = next(order)  # (B,), the batch of all processes
         parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
-        loss = backward(l2v, parts, settings.temperature, loop.seed_dropout)
+
+        def embed(part: int) -> Tensor:
+            loop.seed_dropout(part)
+            return torch.stack(embed_twins(l2v, parts[part]), dim=1)  # (b, 2, C)
+
+        loss = backward(embed, len(parts), lambda twins: info_nce(twins[:, 0], twins[:, 1], settings.temperature))
         loop.update(loss, 2 * sum(lengths[i] for i in rows))
     set_attention_dropout(l2v.decoder, 0.0)
     return loop

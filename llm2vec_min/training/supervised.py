@@ -1,0 +1,176 @@
+"""Stage 3, supervised contrastive training (LLM2Vec section 4): the whole method in one file.
+
+Each query has a positive, which answers it or says the same, and perhaps hard negatives, which only look like it. The loss
+is SimCSE's, with the positive where the twin was: to find it among the positives and hard negatives of the whole batch.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import defaultdict
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ..device import rank, world_size
+from ..encoder import LLM2Vec
+from ..pooling import pool
+from .loop import Loop, Settings
+from .simcse import backward, info_nce
+from .triplets import DataSet, Triplet, draw
+
+
+def flatten(triplets: list[Triplet]) -> list[tuple[str, str]]:
+    """(instruction, text) of B queries, then the candidates: B positives, and all hard negatives, row by row."""
+    documents = [(t, t.positive) for t in triplets] + [(t, text) for t in triplets for text in t.negatives]
+    queries = [(t.instruction, t.query) for t in triplets]
+    return queries + [(t.instruction if t.symmetric else "", text) for t, text in documents]
+
+
+def owners(triplets: list[Triplet]) -> np.ndarray:
+    """Of each candidate, the row that brought it, (N,)."""
+    return np.concatenate([np.arange(len(triplets)), np.repeat(np.arange(len(triplets)), [len(t.negatives) for t in triplets])])
+
+
+def count_candidates(triplets: list[Triplet], in_batch: bool = True) -> Tensor:
+    """Which candidates each query is compared with, (B, N) bool: its positive, and those that are wrong answers to it.
+
+    A candidate that says the query itself again, or a positive of that query in any row, is no wrong answer.
+
+    Args:
+        in_batch: whether other rows' positives and negatives are compared with, or only the query's own.
+    """
+    right, where = defaultdict(set), defaultdict(list)
+    for t in triplets:
+        right[t.query] |= {t.query, t.positive}
+    for column, (_, text) in enumerate(flatten(triplets)[len(triplets) :]):
+        where[text].append(column)
+    owner = torch.from_numpy(owners(triplets))
+    row = torch.arange(len(triplets))
+    counted = (owner == row[:, None]) | in_batch
+    for i, t in enumerate(triplets):
+        counted[i, [column for text in right[t.query] for column in where.get(text, ())]] = False
+    counted[row, row] = True
+    return counted
+
+
+def supervised_loss(vectors: Tensor, counted: Tensor, temperature: float = 0.02, matryoshka: tuple[int, ...] = ()) -> Tensor:
+    """InfoNCE of B queries among N candidates: the mean over whole vectors and over their first `matryoshka` numbers
+    (arXiv 2205.13147), which so become usable alone.
+
+    Args:
+        vectors: (B + N, C) float32, as `flatten` orders the texts.
+        counted: (B, N) bool, from `count_candidates`.
+    """
+    queries, candidates = vectors.split(counted.shape)
+    sizes = [*matryoshka, vectors.shape[1]]
+    return sum(info_nce(queries[:, :size], candidates[:, :size], temperature, counted) for size in sizes) / len(sizes)
+
+
+def share_out(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
+    """The texts of a batch dealt to the processes, longest first, so that all have as many and like lengths meet.
+
+    Returns:
+        Numbers of the texts that this process encodes, and each text's place among the vectors of all processes.
+    """
+    order = np.argsort(-np.array(lengths), kind="stable")
+    dealt = np.resize(order, (-(-len(order) // world_size()), world_size())).T  # the last few may repeat the first
+    places = np.empty(len(order), dtype=np.int64)
+    places[dealt.ravel()] = np.arange(dealt.size)
+    return dealt[rank()], places
+
+
+def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float) -> list[Triplet]:
+    """Without the hard negatives whose cosine with the query is above `share` of the positive's: most are right answers
+    that nobody marked (arXiv 2407.15831). The model judges as it is now."""
+    kept = []
+    for start in range(0, len(triplets), 512):
+        rows = triplets[start : start + 512]
+        vectors = l2v.encode(flatten(rows), normalize=True)
+        cosines = np.einsum("nc,nc->n", vectors[owners(rows)], vectors[len(rows) :])  # of every candidate with its query
+        negatives = iter(cosines[len(rows) :])
+        for t, positive in zip(rows, cosines, strict=False):
+            kept.append(t._replace(negatives=tuple(text for text in t.negatives if next(negatives) <= share * positive)))
+    return kept
+
+
+def explain(l2v: LLM2Vec, batch: list[Triplet], in_batch: bool) -> str:
+    """A batch in words: one triplet and how alike its texts are to the model, how many negatives, and the loss of guessing."""
+    t = max(batch[:32], key=lambda t: len(t.negatives) > 0)  # one with a negative, if there is
+    shown = [("query", t.query), ("positive", t.positive), *(("negative", text) for text in t.negatives[:1])]
+    vectors = l2v.encode(flatten([t]), normalize=True)
+    lines = [f"{name:<9} {vectors[0] @ vector:.3f}  {text[:200]}" for (name, text), vector in zip(shown, vectors, strict=False)]
+    if t.instruction:
+        lines.insert(0, f"instruction of {'all texts' if t.symmetric else 'the query'}: {t.instruction}")
+    candidates = count_candidates(batch, in_batch).sum(dim=1)
+    low, high = int(candidates.min()) - 1, int(candidates.max()) - 1
+    hard = sum(len(t.negatives) for t in batch)
+    lines.append(
+        f"negatives of a query: {low if low == high else f'{low} to {high}'}"
+        + (f" ({len(batch) - 1} other positives, {hard} hard negatives, less what equals its query or positive)" if in_batch else "")
+    )
+    guess = candidates.double().log().mean().item()
+    lines.append(f"loss of guessing: {guess:.3f}, the logarithm of {math.exp(guess):.0f} candidates")
+    return "\n".join(lines)
+
+
+def train_supervised(
+    l2v: LLM2Vec,
+    sets: list[DataSet],
+    settings: Settings,
+    output: Path | None = None,
+    *,
+    evaluate: Callable[[], dict] | None = None,
+    **loop_options,
+) -> Loop:
+    """Trains the adapter on `l2v.decoder` to find each query's positive.
+
+    Args:
+        l2v: with a fresh adapter (`add_lora`), earlier ones merged; its direction, pooling and chat template are kept.
+        settings: `batch_size` counts triplets, `micro_batch_size` texts. Whole batches are compared, in however many
+            micro-batches and processes they are computed.
+    Raises:
+        ValueError: what `draw` refuses; an instruction that leaves no room for a text; a matryoshka size out of range.
+    """
+    width = l2v.decoder.config.hidden_size
+    if wrong := [size for size in settings.matryoshka if not 0 < size < width]:
+        raise ValueError(f"--matryoshka {wrong[0]}: expected numbers from 1 to {width - 1}, the whole vector has {width}")
+    triplets = [triplet for data in sets for triplet in data.triplets]
+    order = draw(sets, settings)
+    long = "word " * settings.max_length
+    l2v.tokenize([(instruction, long) for instruction in {t.instruction for t in triplets}], max_length=settings.max_length)
+    if settings.filter_negatives:
+        drawn = np.unique(np.concatenate(order))
+        before = sum(len(triplets[i].negatives) for i in drawn)
+        for i, triplet in zip(drawn, filter_negatives(l2v, [triplets[i] for i in drawn], settings.filter_negatives), strict=True):
+            triplets[i] = triplet
+        dropped = before - sum(len(triplets[i].negatives) for i in drawn)
+    loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
+    if not loop.quiet:
+        words = explain(l2v, [triplets[i] for i in order[0]], settings.in_batch_negatives)  # runs in all processes or in none
+        if loop.is_main:
+            if settings.filter_negatives:
+                print(f"{dropped} of {before} hard negatives left out: above {settings.filter_negatives:.0%} of the positive's cosine")
+            print(words)
+
+    for step in loop:
+        batch = [triplets[i] for i in order[step]]  # that of all processes
+        encoded = l2v.tokenize(flatten(batch), max_length=settings.max_length)
+        counted = count_candidates(batch, settings.in_batch_negatives).to(l2v.device)
+        mine, places = share_out([len(row.ids) for row in encoded])
+        size = settings.micro_batch_size or len(mine)
+        parts = [[encoded[i] for i in mine[start : start + size]] for start in range(0, len(mine), size)]
+
+        def embed(part: int) -> Tensor:
+            loop.seed_dropout(part)
+            return pool(*l2v.states(parts[part]), l2v.pooling)  # (n, C)
+
+        def loss_of(vectors: Tensor) -> Tensor:
+            return supervised_loss(vectors[places], counted, settings.temperature, settings.matryoshka)
+
+        loss = backward(embed, len(parts), loss_of)
+        loop.update(loss, sum(len(row.ids) for row in encoded))
+    return loop

@@ -1,0 +1,148 @@
+"""Triplets for supervised training: files to data sets, data sets to the batches of a run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from ..data import batches, iter_raw
+from .loop import Settings
+
+
+class Triplet(NamedTuple):
+    query: str
+    positive: str
+    negatives: tuple[str, ...] = ()  # hard ones, of this query
+    instruction: str = ""  # before the query
+    symmetric: bool = False  # before the others too
+
+
+class DataSet(NamedTuple):
+    name: str
+    triplets: list[Triplet]
+    ratio: float = 1.0  # how often it is drawn, by its size
+
+
+# The E5 mixture in the files that the authors of LLM2Vec train on. "=" marks the symmetric ones.
+ECHO_DATA = {
+    "allnli_split1": "Given a premise, retrieve a hypothesis that is entailed by the premise",
+    "allnli_split2": "=Retrieve semantically similar text",
+    "dureader": "Given a Chinese search query, retrieve web passages that answer the question",
+    "eli5_question_answer": "Provided a user question, retrieve the highest voted answers on Reddit ELI5 forum",
+    "fever": "Given a claim, retrieve documents that support or refute the claim",
+    "hotpot_qa": "Given a multi-hop question, retrieve documents that can help answer the question",
+    "miracl": "Given a question, retrieve Wikipedia passages that answer the question",
+    "mrtydi": "Given a question, retrieve Wikipedia passages that answer the question",
+    "msmarco_passage": "Given a web search query, retrieve relevant passages that answer the query",
+    "msmarco_document": "Given a web search query, retrieve relevant documents that answer the query",
+    "nq": "Given a question, retrieve Wikipedia passages that answer the question",
+    "quora_duplicates_split1": "=Given a question, retrieve questions that are semantically equivalent to the given question",
+    "quora_duplicates_split2": "=Find questions that have the same meaning as the input question",
+    "squad": "Retrieve Wikipedia passages that answer the question",
+    "t2ranking": "Given a Chinese search query, retrieve web passages that answer the question",
+    "trivia_qa": "Retrieve Wikipedia passages that answer the question",
+}
+
+
+def texts_of(record: dict, field: str, where: str) -> list[str]:
+    """A field's text or texts; ValueError for anything else, and where there is none but of the negative."""
+    value = record.get(field)
+    values = value if isinstance(value, list) else [] if value is None else [value]
+    if not all(isinstance(text, str) and text.strip() for text in values) or (field != "negative" and not values):
+        many = "" if field == "query" else " or a list of texts"
+        raise ValueError(f'{where}: "{field}" is {value!r:.60}, expected a text{many}' if field in record else
+                         f'{where}: "{field}" is missing; a line is {{"query": ..., "positive": ..., "negative": ...}}')  # fmt: skip
+    return [text.strip() for text in values]
+
+
+def read_file(path: Path) -> tuple[list[Triplet], int]:
+    """A file's triplets, one for each positive, and how many negatives equal a positive of theirs; those are left out."""
+    in_echo_data = path.parent.name == "echo-data"
+    usual = ECHO_DATA.get(path.name.split(".")[0], "") if in_echo_data else ""
+    triplets, equal = [], 0
+    for number, line in enumerate(iter_raw(path), 1):
+        if not line.strip():
+            continue
+        where = f"{path}:{number}"
+        try:
+            record = json.loads(line)
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{where}: is not JSON ({error})") from None
+        if not isinstance(record, dict):
+            raise ValueError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
+        (query, *rest), positives, found = (texts_of(record, field, where) for field in ("query", "positive", "negative"))
+        instruction = record.get("instruction") or (usual and usual.removeprefix("=") + ";")
+        if rest or not isinstance(instruction, str):
+            raise ValueError(f'{where}: "query" and "instruction" are one text each')
+        negatives = tuple(text for text in found if text not in positives)
+        equal += len(found) - len(negatives)
+        triplets += [Triplet(query, positive, negatives, instruction, usual.startswith("=")) for positive in positives]
+    if not triplets:
+        raise ValueError(f"{path}: no triplet in it")
+    return triplets, equal
+
+
+def read_triplets(
+    paths: list[str | Path], symmetric: list[str] | None = None, ratios: list[str] = ()
+) -> tuple[list[DataSet], int]:
+    """Files of one JSON object a line: "query", "positive" (a list: one triplet for each), "negative" (may be missing, or a
+    list) and "instruction" (may be missing). Each file is a data set by its name; in a folder called echo-data, the
+    authors', instructions are known and `_split1` and `_split2` are one.
+
+    Args:
+        symmetric: names of data sets whose positives and negatives get the instruction too; empty: all of them.
+        ratios: "name=2": that one is drawn twice as often as its size says.
+    Returns:
+        Data sets, and the number of negatives that were left out because they equal their positive.
+    Raises:
+        ValueError: file, line and what is wrong there; a name that is none.
+    """
+    paths = [Path(path) for path in paths]
+    stems = {path: path.name.split(".")[0] for path in paths}
+    for path, stem in stems.items():
+        if path.parent.name == "echo-data":
+            stems[path] = stem.removesuffix("_split1").removesuffix("_split2")
+        elif list(stems.values()).count(stem) > 1:
+            stems[path] = f"{path.parent.name}/{stem}"
+    sets, equal = {name: [] for name in stems.values()}, 0
+    for path in paths:
+        triplets, dropped = read_file(path)
+        sets[stems[path]] += triplets
+        equal += dropped
+    factors = dict.fromkeys(sets, 1.0)
+    for text in ratios:
+        name, _, value = text.rpartition("=")
+        try:
+            factors[name] = float(value)
+        except ValueError:
+            name = None
+        if name not in sets or not 0 < factors[name] < np.inf:
+            raise ValueError(f"--ratio {text}: expected NAME=NUMBER, above 0; the data sets are {', '.join(sets)}")
+    if unknown := set(symmetric or ()) - set(sets):
+        raise ValueError(f"--symmetric {' '.join(unknown)}: not a data set; they are {', '.join(sets)}")
+    for name in sets if symmetric == [] else symmetric or ():
+        sets[name] = [triplet._replace(symmetric=True) for triplet in sets[name]]
+    return [DataSet(name, triplets, factors[name]) for name, triplets in sets.items()], equal
+
+
+def draw(sets: list[DataSet], settings: Settings) -> list[np.ndarray]:
+    """The batch of each step, (B,) numbers of triplets counted through all data sets. One batch, one data set; which, is
+    drawn in proportion to size and ratio, and within it each triplet comes once an epoch.
+
+    Raises:
+        ValueError: a data set that is smaller than a batch, or has no negative where only hard ones count.
+    """
+    for name, triplets, _ in sets:
+        if len(triplets) < settings.batch_size:
+            raise ValueError(f"data set {name} has {len(triplets)} triplets, fewer than --batch-size {settings.batch_size}: "
+                             "lower that, or join small data sets in one file")  # fmt: skip
+        if not settings.in_batch_negatives and not any(triplet.negatives for triplet in triplets):
+            raise ValueError(f"data set {name} has no negatives, which --no-in-batch-negatives leaves alone to learn from")
+    weights = np.array([len(triplets) * ratio for _, triplets, ratio in sets])
+    chosen = np.random.default_rng(settings.seed).choice(len(sets), settings.steps, p=weights / weights.sum())
+    orders = [batches(len(triplets), settings.batch_size, settings.seed) for _, triplets, _ in sets]
+    first = np.cumsum([0] + [len(triplets) for _, triplets, _ in sets])
+    return [first[i] + next(orders[i]) for i in chosen]
