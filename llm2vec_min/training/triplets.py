@@ -102,15 +102,15 @@ def read_triplets(
     """
     paths = [Path(path) for path in paths]
     stems = {path: path.name.split(".")[0] for path in paths}
-    for path, stem in stems.items():
-        if path.parent.name == "echo-data":
-            stems[path] = stem.removesuffix("_split1").removesuffix("_split2")
-        elif list(stems.values()).count(stem) > 1:
-            stems[path] = f"{path.parent.name}/{stem}"
-    sets, equal = {name: [] for name in stems.values()}, 0
+    sets, equal = {}, 0
     for path in paths:
+        name = stems[path]
+        if path.parent.name == "echo-data":
+            name = name.removesuffix("_split1").removesuffix("_split2")
+        elif list(stems.values()).count(name) > 1:
+            name = f"{path.parent.name}/{name}"
         triplets, dropped = read_file(path)
-        sets[stems[path]] += triplets
+        sets.setdefault(name, []).extend(triplets)
         equal += dropped
     factors = dict.fromkeys(sets, 1.0)
     for text in ratios:

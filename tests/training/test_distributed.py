@@ -33,15 +33,22 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
 
 
 def train_flags(model_folder, tmp_path, stage) -> list:
-    text = tmp_path / "text.txt"
-    text.write_text("\n".join(f"{a[:12]} {i} {b[:30]}" for i in range(4) for a in TEXTS[:6] for b in TEXTS[:6]))
+    text = tmp_path / ("text.jsonl" if stage == "supervised" else "text.txt")
+    lines = [f"{a[:12]} {i} {b[:30]}" for i in range(4) for a in TEXTS[:6] for b in TEXTS[:6]]
+    if stage == "supervised":  # processes have different numbers of texts, and queries an instruction
+        lines = [
+            json.dumps({"query": f"{i} {line}", "positive": line[::-1], "negative": [line[n:] for n in range(i % 3)], "instruction": "A:"})
+            for i, line in enumerate(lines)
+        ]
+    text.write_text("\n".join(lines))
     return [
         "--stage", stage, "--model", model_folder, "--data", text, "--eval", "", "--device", "cpu", "--steps", STEPS,
         "--batch-size", 8, "--max-length", 24, "--lr", 1e-3, "--lora-dropout", 0, "--attention-dropout", 0, "--save-every", 2,
+        "--warmup-steps", 0, "--temperature", 0.05,
     ]  # fmt: skip
 
 
-@pytest.fixture(scope="module", params=["mntp", "simcse"])
+@pytest.fixture(scope="module", params=["mntp", "simcse", "supervised"])
 def alone(request, model_folder, tmp_path_factory):
     """One process: (stage, its flags, adapter, losses)."""
     tmp_path = tmp_path_factory.mktemp(request.param)
@@ -152,7 +159,12 @@ def test_gradcache_equals_the_direct_computation(model_folder, sizes):
             loss = info_nce(twins[:, 0], twins[:, 1], 0.05)
             loss.backward()
         else:
-            loss = backward(l2v, parts, 0.05, lambda part: seed_torch(5, part))
+
+            def embed(number, l2v=l2v, parts=parts):
+                seed_torch(5, number)
+                return torch.stack(embed_twins(l2v, parts[number]), dim=1)
+
+            loss = backward(embed, len(parts), lambda twins: info_nce(twins[:, 0], twins[:, 1], 0.05))
         results.append((loss.item(), gradients(l2v)))
     (loss, ours), (expected_loss, expected) = results
     assert loss == pytest.approx(expected_loss, rel=1e-5)
