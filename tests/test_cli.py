@@ -109,6 +109,19 @@ def test_adapter_flag(runs, model_folder, capsys):
     assert tables[0] == tables[1]
 
 
+def test_shorter_vectors(runs, files, capsys):
+    (files / "short.txt").write_text("\n".join(TEXTS[:4]))
+    embed.main(["--model", str(runs[1]), "--input", str(files / "short.txt"), "--output", str(files / "short.npy"), "--dim", "8"])
+    expected = LLM2Vec.from_pretrained(runs[1]).encode([text.strip() for text in TEXTS[:4]])
+    np.testing.assert_allclose(np.load(files / "short.npy"), expected[:, :8], rtol=1e-5, atol=1e-5)
+    capsys.readouterr()
+    embed.main(["--model", str(runs[1]), "--dim", "8", *TEXTS[:2]])
+    a, b = expected[:2, :8]
+    assert f"{a @ b / np.linalg.norm(a) / np.linalg.norm(b):>7.3f}" in capsys.readouterr().out
+    with pytest.raises(ValueError, match="dim is 65, expected a number from 1 to 64"):
+        embed.main(["--model", str(runs[1]), "--dim", "65", "a", "b"])
+
+
 def test_chunks_do_not_change_the_rows(runs, files, monkeypatch):
     (files / "many.txt").write_text("\n".join(TEXTS[:6] * 4))
     command = ["--model", str(runs[1]), "--input", str(files / "many.txt"), "--output"]
@@ -186,6 +199,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--model", "sheared-llama-1.3b"], "mntp: share of tokens to predict [0.2]"),
         (["--stage", "simcse", "--model", "llama-2-7b"], "--batch-size BATCH_SIZE sequences per optimizer step, over all processes [128]"),
         (["--stage", "simcse", "--model", "llama-2-7b"], "peak learning rate [3e-05]"),
+        (["--stage", "supervised", "--model", "llama-2-7b"], "(supervised: triplets) per optimizer step, over all processes [512]"),
     ):
         with pytest.raises(SystemExit):
             train.main([*argv, "--help"])
@@ -195,7 +209,7 @@ def test_help_shows_the_presets_defaults(capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (["--stage", "mtnp"], "--stage is 'mtnp', expected one of pretrain, mntp, simcse"),
+        (["--stage", "mtnp"], "--stage is 'mtnp', expected one of pretrain, mntp, simcse, supervised"),
         (["--model", "nowhere"], "'nowhere' is neither a folder nor a hub id"),
         (["--stpes", "3"], "unrecognized arguments: --stpes 3"),
         (["--steps", "many"], "invalid int value: 'many'"),

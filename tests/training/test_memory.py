@@ -49,8 +49,8 @@ def measure(config: ModelConfig, settings: Settings, stage: str, dtype=torch.bfl
             known = [*decoder.parameters(), *lm_head.parameters()]
             optimizer = torch.optim.AdamW(trained, fused=True)
             rows, T = settings.micro_batch_size or settings.batch_size, settings.max_length
-            ids = torch.zeros(rows if is_mntp else 2 * rows, T, dtype=torch.int64)
-            if not is_mntp:
+            ids = torch.zeros(2 * rows if stage == "simcse" else rows, T, dtype=torch.int64)
+            if stage == "simcse":
                 set_attention_dropout(decoder, settings.attention_dropout)
             with PeakMemory(known) as memory:
                 for _ in range(2):
@@ -91,6 +91,8 @@ CKPT = dict(gradient_checkpointing=True)
         ("llama-2-7b", "mntp", CKPT),
         ("llama-2-7b", "mntp", CKPT | dict(micro_batch_size=8)),
         ("llama-2-7b", "simcse", CKPT | dict(batch_size=128, max_length=128, micro_batch_size=32)),
+        ("1.3b", "supervised", dict(batch_size=512, micro_batch_size=8)),
+        ("llama-2-7b", "supervised", CKPT | dict(batch_size=512, micro_batch_size=8)),
         ("mistral-7b", "mntp", CKPT | dict(mask_probability=0.8)),
     ],
 )
@@ -112,7 +114,7 @@ def test_prediction(monkeypatch, shape, stage, changes, on_gpu):
 def test_the_papers_batches_fit_into_24_gb():
     """The defaults of the 7B presets."""
     for shape, name in (("llama-2-7b", "llama-2-7b"), ("mistral-7b", "mistral-7b")):
-        for stage in ("mntp", "simcse"):
+        for stage in ("mntp", "simcse", "supervised"):
             settings = Settings(**(PAPER[stage] | getattr(PRESETS[name], stage)))
             assert plan(make_config(*SHAPES[shape]), settings, stage).peak < 20e9
 
@@ -141,6 +143,7 @@ def test_processes_share_the_work_and_sharding_the_weights():
 def test_gradcache_costs_a_forward_pass():
     config = make_config(*SHAPES["1.3b"])
     whole, cached = (plan(config, Settings(micro_batch_size=size), "simcse") for size in (0, 8))
+    assert plan(config, Settings(), "supervised").operations["forward"] == 1.5 * whole.operations["forward"], "three texts a row"
     extra = sum(cached.operations.values()) - sum(whole.operations.values())
     assert extra == pytest.approx(whole.operations["forward"])
     assert cached.peak < 0.4 * whole.peak
