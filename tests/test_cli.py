@@ -197,7 +197,7 @@ def test_help_shows_the_presets_defaults(capsys):
     for argv, expected in (
         (["--model", "mistral-7b"], "--mask-probability MASK_PROBABILITY mntp: share of tokens to predict [0.8]"),
         (["--model", "sheared-llama-1.3b"], "mntp: share of tokens to predict [0.2]"),
-        (["--stage", "simcse", "--model", "llama-2-7b"], "--batch-size BATCH_SIZE sequences per optimizer step, over all processes [128]"),
+        (["--stage", "simcse", "--model", "llama-2-7b"], "--batch-size BATCH_SIZE sequences (supervised: triplets) per optimizer step, over all processes [128]"),
         (["--stage", "simcse", "--model", "llama-2-7b"], "peak learning rate [3e-05]"),
         (["--stage", "supervised", "--model", "llama-2-7b"], "(supervised: triplets) per optimizer step, over all processes [512]"),
     ):

@@ -55,6 +55,8 @@ def texts_of(record: dict, field: str, where: str) -> list[str]:
         many = "" if field == "query" else " or a list of texts"
         raise ValueError(f'{where}: "{field}" is {value!r:.60}, expected a text{many}' if field in record else
                          f'{where}: "{field}" is missing; a line is {{"query": ..., "positive": ..., "negative": ...}}')  # fmt: skip
+    if not "".join(values).isprintable() and any("\ud800" <= letter <= "\udfff" for text in values for letter in text):
+        raise ValueError(f'{where}: "{field}" holds half of a surrogate pair')
     return [text.strip() for text in values]
 
 

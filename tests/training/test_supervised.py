@@ -298,6 +298,7 @@ def test_the_authors_folder(tmp_path):
         ({"query": "q", "positive": []}, r'a.jsonl:2: "positive" is \[\], expected a text or a list of texts'),
         ({"query": " ", "positive": "p"}, r'a.jsonl:2: "query" is \' \', expected a text$'),
         ({"query": "q", "positive": "p", "negative": [""]}, r'a.jsonl:2: "negative" is \[\'\'\]'),
+        ('{"query": "q", "positive": "half \\ud83d"}', 'a.jsonl:2: "positive" holds half of a surrogate pair'),
         ({"query": "q", "positive": "p", "negative": 3}, r'a.jsonl:2: "negative" is 3, expected a text or a list'),
         ({"query": ["q", "r"], "positive": "p"}, r'a.jsonl:2: "query" and "instruction" are one text each'),
         ({"query": "q", "positive": "p", "instruction": 3}, r'a.jsonl:2: "query" and "instruction" are one text each'),
