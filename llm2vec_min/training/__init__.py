@@ -1,7 +1,7 @@
 """From a batch to an adapter: one file per stage, each with its whole method.
 
-Read mntp, simcse, then supervised (with triplets, its data). They stand on loop (schedule, resume, metrics); pretrain makes a small Llama to begin with;
-distributed and memory are for large ones; flags is what train.py can be told.
+Read mntp, simcse, then supervised, whose data is in triplets. They stand on loop (schedule, resume, metrics); pretrain makes
+a small Llama to begin with; distributed and memory are for large ones; flags is what train.py can be told.
 """
 
 from .loop import Loop, Settings

@@ -63,7 +63,8 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
         group.add_argument(flag, default=default, help=text.replace("%", "%%"), **options)
 
     group = parser.add_argument_group("what")
-    add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1), simcse (stage 2) or supervised (stage 3)", default="mntp")
+    add(group, "--stage", "pretrain (a small Llama from scratch), mntp (stage 1), simcse (stage 2) or supervised (stage 3)",
+        default="mntp")  # fmt: skip
     add(group, "--model", "preset, hub id (owner/name@revision), folder, or an earlier stage's output", default="tiny")
     add(group, "--adapter", "PEFT folder or hub id to merge into it first; give it again for the next", action="append",
         default=[], metavar="DIR")  # fmt: skip

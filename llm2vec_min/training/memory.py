@@ -100,7 +100,7 @@ def plan(
     C, V, L, T = config.hidden_size, config.vocab_size, config.num_hidden_layers, settings.max_length
     count, adapter = count_parameters(config), count_adapter(config, settings.lora_r)
     head = count["head"] if is_mntp else 0
-    share = settings.batch_size // processes * (3 if stage == "supervised" else 1)  # that stage counts texts, not rows, from here on
+    share = settings.batch_size // processes * (3 if stage == "supervised" else 1)  # of rows; there, of texts
     part = min(settings.micro_batch_size or share, share)
     rows = 2 * part if is_simcse else part  # of one forward pass
     tokens = rows * T

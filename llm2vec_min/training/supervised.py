@@ -102,16 +102,15 @@ def explain(l2v: LLM2Vec, batch: list[Triplet], in_batch: bool) -> str:
     t = max(batch[:32], key=lambda t: len(t.negatives) > 0)  # one with a negative, if there is
     shown = [("query", t.query), ("positive", t.positive), *(("negative", text) for text in t.negatives[:1])]
     vectors = l2v.encode(flatten([t]), normalize=True)
-    lines = [f"{name:<9} {vectors[0] @ vector:.3f}  {text[:200]}" for (name, text), vector in zip(shown, vectors, strict=False)]
-    if t.instruction:
-        lines.insert(0, f"instruction of {'all texts' if t.symmetric else 'the query'}: {t.instruction}")
+    lines = [f"instruction of {'all texts' if t.symmetric else 'the query'}: {t.instruction}"] if t.instruction else []
+    for (name, text), vector in zip(shown, vectors, strict=False):
+        lines.append(f"{name:<9} cosine {vectors[0] @ vector:.3f}  {text[:200]}")
     candidates = count_candidates(batch, in_batch).sum(dim=1)
     low, high = int(candidates.min()) - 1, int(candidates.max()) - 1
-    hard = sum(len(t.negatives) for t in batch)
-    lines.append(
-        f"negatives of a query: {low if low == high else f'{low} to {high}'}"
-        + (f" ({len(batch) - 1} other positives, {hard} hard negatives, less what equals its query or positive)" if in_batch else "")
-    )
+    lines.append(f"negatives of a query: {low if low == high else f'{low} to {high}'}")
+    if in_batch:
+        hard = sum(len(t.negatives) for t in batch)
+        lines[-1] += f" ({len(batch) - 1} other positives, {hard} hard negatives, less what equals its query or positive)"
     guess = candidates.double().log().mean().item()
     lines.append(f"loss of guessing: {guess:.3f}, the logarithm of {math.exp(guess):.0f} candidates")
     return "\n".join(lines)
@@ -144,16 +143,18 @@ def train_supervised(
     l2v.tokenize([(instruction, long) for instruction in {t.instruction for t in triplets}], max_length=settings.max_length)
     if settings.filter_negatives:
         drawn = np.unique(np.concatenate(order))
-        before = sum(len(triplets[i].negatives) for i in drawn)
-        for i, triplet in zip(drawn, filter_negatives(l2v, [triplets[i] for i in drawn], settings.filter_negatives), strict=True):
+        before = [triplets[i] for i in drawn]
+        after = filter_negatives(l2v, before, settings.filter_negatives)
+        for i, triplet in zip(drawn, after, strict=True):
             triplets[i] = triplet
-        dropped = before - sum(len(triplets[i].negatives) for i in drawn)
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
     if not loop.quiet:
-        words = explain(l2v, [triplets[i] for i in order[0]], settings.in_batch_negatives)  # runs in all processes or in none
+        words = explain(l2v, [triplets[i] for i in order[0]], settings.in_batch_negatives)  # in all processes or in none
+        if settings.filter_negatives:
+            hard, kept = (sum(len(t.negatives) for t in rows) for rows in (before, after))
+            share = f"{settings.filter_negatives:.0%} of the positive's cosine"
+            words = f"{hard - kept} of {hard} hard negatives left out: above {share}\n{words}"
         if loop.is_main:
-            if settings.filter_negatives:
-                print(f"{dropped} of {before} hard negatives left out: above {settings.filter_negatives:.0%} of the positive's cosine")
             print(words)
 
     for step in loop:

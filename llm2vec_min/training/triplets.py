@@ -53,8 +53,8 @@ def texts_of(record: dict, field: str, where: str) -> list[str]:
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) and text.strip() for text in values) or (field != "negative" and not values):
         many = "" if field == "query" else " or a list of texts"
-        raise ValueError(f'{where}: "{field}" is {value!r:.60}, expected a text{many}' if field in record else
-                         f'{where}: "{field}" is missing; a line is {{"query": ..., "positive": ..., "negative": ...}}')  # fmt: skip
+        what = f"is {value!r:.60}, expected a text{many}" if field in record else "is missing"
+        raise ValueError(f'{where}: "{field}" {what}; a line is {{"query": ..., "positive": ..., "negative": ...}}')
     if not "".join(values).isprintable() and any("\ud800" <= letter <= "\udfff" for text in values for letter in text):
         raise ValueError(f'{where}: "{field}" holds half of a surrogate pair')
     return [text.strip() for text in values]

@@ -37,7 +37,9 @@ def train_flags(model_folder, tmp_path, stage) -> list:
     lines = [f"{a[:12]} {i} {b[:30]}" for i in range(4) for a in TEXTS[:6] for b in TEXTS[:6]]
     if stage == "supervised":  # processes have different numbers of texts, and queries an instruction
         lines = [
-            json.dumps({"query": f"{i} {line}", "positive": line[::-1], "negative": [line[n:] for n in range(i % 3)], "instruction": "A:"})
+            json.dumps(
+                {"query": f"{i} {line}", "positive": line[::-1], "negative": [line[n:] for n in range(i % 3)], "instruction": "A:"}
+            )
             for i, line in enumerate(lines)
         ]
     text.write_text("\n".join(lines))
