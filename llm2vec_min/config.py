@@ -141,6 +141,7 @@ PRESETS = {
         str(Path(__file__).parent / "assets" / "tiny"),
         mntp=dict(steps=250, batch_size=16, max_length=128, lr=1e-3),
         simcse=dict(steps=150, batch_size=64, max_length=64, lr=1e-3),
+        supervised=dict(steps=80, batch_size=64, max_length=64, lr=5e-4, warmup_steps=8, temperature=0.05),
     ),
     "smollm2-135m": Preset(
         "HuggingFaceTB/SmolLM2-135M-Instruct",

@@ -24,7 +24,7 @@ def default_data(stage: str, preset: Preset | None) -> list[str]:
     """The text a stage trains on where --data names none: the shipped one for `tiny`, else the paper's; none for pretraining,
     and no triplets, since the paper's are on no hub."""
     if preset is PRESETS["tiny"] and stage != "pretrain":
-        return [str(ASSETS / "text" / ("triplets.jsonl" if stage == "supervised" else "train.txt"))]
+        return [str(ASSETS / "text" / ("triplets.jsonl.gz" if stage == "supervised" else "train.txt"))]
     if stage in ("pretrain", "supervised"):
         return []
     # WikiText-103 comes as parquet; wiki1m is plain text, and with 20 million tokens enough for MNTP's 16 million
