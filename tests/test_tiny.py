@@ -1,6 +1,7 @@
 """The shipped model and text: they load everywhere, and both stages improve the real thing."""
 
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -16,6 +17,7 @@ from llm2vec_min.config import PRESETS
 from llm2vec_min.data import iter_lines, pack_blocks, read_pairs
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.training.pretrain import next_token_loss
+from llm2vec_min.training.triplets import read_triplets
 from llm2vec_min.weights import load_language_model
 
 TINY = Path(PRESETS["tiny"].model)
@@ -31,6 +33,14 @@ def test_assets_are_small_and_complete():
     scores, _, _ = read_pairs(TEXT / "similarity.tsv")
     assert len(scores) >= 300 and set(scores) == {0, 1, 2, 3, 4, 5}
     assert 1e6 < (TEXT / "train.txt").stat().st_size < 2e6
+
+
+def test_triplets_that_ship():
+    (data,), equal = read_triplets([TEXT / "triplets.jsonl.gz"])
+    assert data.name == "triplets" and len(data.triplets) > 3000 and equal == 0
+    texts = [text for t in data.triplets for text in (t.query, t.positive)]
+    assert len(set(texts)) == len(texts), "none twice: in a batch, every other positive is a negative"
+    assert all(len(t.negatives) == 1 and t.negatives[0] not in t[:2] and len(max(t[:2], key=len)) < 250 for t in data.triplets)
 
 
 def test_importing_reads_no_asset():
@@ -67,7 +77,7 @@ def test_it_is_pretrained():
     assert next_token_loss(load_language_model(TINY), blocks).item() < 5
 
 
-def test_both_stages_learn_in_a_few_steps(tmp_path, capsys):
+def test_every_stage_learns_in_a_few_steps(tmp_path, capsys):
     quick = ["--device", "cpu", "--eval-every", "1000"]
     train.main(["--stage", "mntp", "--steps", "25", "--output", str(tmp_path / "mntp"), *quick])
     records = [json.loads(line) for line in open(tmp_path / "mntp" / "metrics.jsonl")]
@@ -80,6 +90,12 @@ def test_both_stages_learn_in_a_few_steps(tmp_path, capsys):
     losses = [r["loss"] for r in map(json.loads, open(tmp_path / "simcse" / "metrics.jsonl")) if "loss" in r]
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
     assert "predicts position" in capsys.readouterr().out
+    train.main(["--stage", "supervised", "--steps", "15", "--model", str(tmp_path / "simcse"), "--warmup-steps", "2",
+                "--output", str(tmp_path / "supervised"), *quick])  # fmt: skip
+    losses = [r["loss"] for r in map(json.loads, open(tmp_path / "supervised" / "metrics.jsonl")) if "loss" in r]
+    assert np.mean(losses[-5:]) < 0.95 * losses[0] < math.log(128)
+    out = capsys.readouterr().out
+    assert "triplets: 3,184 triplets" in out and "loss of guessing: 4.852" in out
 
 
 @pytest.mark.parametrize("overwrite", [[], ["--overwrite"]])
