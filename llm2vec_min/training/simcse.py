@@ -39,6 +39,12 @@ def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05, cou
     return F.cross_entropy(cosines / temperature, torch.arange(len(queries), device=queries.device))
 
 
+def different(kind: np.ndarray) -> np.ndarray:
+    """Which sentences each is compared with, (B, B) bool: its own twin and all others but its equals, which say the same
+    and, since sentences of one length share a batch, often meet. kind: (B,), the same number for equal sentences."""
+    return (kind[:, None] != kind) | np.eye(len(kind), dtype=bool)
+
+
 def embed_twins(l2v: LLM2Vec, encoded: list) -> tuple[Tensor, Tensor]:
     """Two embeddings (B, C) of each sentence, from one forward pass over the doubled batch: every row draws its own
     dropout. Pools the same tokens as inference does."""
@@ -113,6 +119,8 @@ def train_simcse(
         sentences = [sentences[i] for i in chosen]
     encoded = tokenize(l2v, sentences, settings.max_length)
     lengths = [len(row.ids) for row in encoded]
+    numbers: dict[bytes, int] = {}
+    kind = np.array([numbers.setdefault(row.ids.tobytes(), len(numbers)) for row in encoded])  # equal for equal sentences
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
     order = batches(len(encoded), settings.batch_size, settings.seed, loop.start, lengths=lengths)
     set_attention_dropout(l2v.decoder, settings.attention_dropout)
@@ -124,12 +132,16 @@ def train_simcse(
     for _ in loop:
         rows = next(order)  # (B,), the batch of all processes
         parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
+        counted = torch.from_numpy(different(kind[rows])).to(l2v.device)
 
         def embed(part: int) -> Tensor:
             loop.seed_dropout(part)
             return torch.stack(embed_twins(l2v, parts[part]), dim=1)  # (b, 2, C)
 
-        loss = backward(embed, len(parts), lambda twins: info_nce(twins[:, 0], twins[:, 1], settings.temperature))
+        def loss_of(twins: Tensor) -> Tensor:
+            return info_nce(twins[:, 0], twins[:, 1], settings.temperature, counted)
+
+        loss = backward(embed, len(parts), loss_of)
         loop.update(loss, 2 * sum(lengths[i] for i in rows))
     set_attention_dropout(l2v.decoder, 0.0)
     return loop
