@@ -34,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--ladder", metavar="RUN", help="a run's base and all its stages; --compare adds more")
     parser.add_argument("--tasks", nargs="+", action="extend", required=True, metavar="KIND:PATH", help="what to score")
     parser.add_argument("--instruction", nargs="+", action="extend", default=[], metavar="KIND=TEXT",
-                        help="put before the texts of these tasks (before queries only, where there are documents)")  # fmt: skip
-    parser.add_argument("--limit", type=int, metavar="N", help="at most so many test rows a task, drawn at random, and rows to train on")
+                        help="put before these tasks' texts (queries only, where there are documents)")  # fmt: skip
+    parser.add_argument("--limit", type=int, metavar="N", help="at most N rows to test on, and N to train on, drawn at random")
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="word tasks: also the states after these layers")
     parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own: both ways]")
     parser.add_argument("--pooling", help="token states to one vector [the model's own]")

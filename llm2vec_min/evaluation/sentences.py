@@ -51,10 +51,12 @@ def sample(count: int, limit: int | None) -> np.ndarray:
 
 def read_binary_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
     """`read_pairs` where the scores are 1 or 0; ValueError if not."""
-    labels, first, second = read_pairs(path)
-    if not np.isin(labels, (0, 1)).all():
-        raise ValueError(f"{path}: found the label {labels[~np.isin(labels, (0, 1))][0]:g}, expected 1 or 0")
-    return labels, first, second
+    pairs = read_pairs(path)
+    for number, line in numbered_lines(path):
+        label = line.partition("\t")[0]
+        if line and float(label) not in (0, 1):
+            raise ValueError(f"{path}:{number}: found the label {label!r}, expected 1 or 0")
+    return pairs
 
 
 def read_labelled(path: str | Path) -> dict[str, list]:
