@@ -214,15 +214,15 @@ def plot(result: dict, path: str | Path) -> None:
 
     models = result["models"]
     tasks = list(next(iter(models.values())))
-    figure = Figure(figsize=(2 + 0.28 * len(tasks) * (len(models) + 1), 3.6), layout="constrained")
+    figure = Figure(figsize=(max(6, 2 + 0.28 * len(tasks) * (len(models) + 1)), 4), layout="constrained")
     ax, width = FigureCanvasAgg(figure).figure.subplots(), 0.85 / len(models)
     for i, (name, scores) in enumerate(models.items()):
         firsts = [next(iter(scores[task].values())) for task in tasks]
         value, low, high = np.array([list(first.values()) for first in firsts], dtype=float).T  # None becomes nan
         bars = {"yerr": [np.maximum(value - low, 0), np.maximum(high - value, 0)], "error_kw": {"lw": 0.8}}
-        ax.bar(np.arange(len(tasks)) + (i - (len(models) - 1) / 2) * width, value, width, label=name, **bars)
+        ax.bar(np.arange(len(tasks)) + (i - (len(models) - 1) / 2) * width, value, width, label=Path(name).name, **bars)
     ax.set_xticks(range(len(tasks)), [short(t) if ":" in t else t for t in tasks], rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("score x 100, 95 % interval")
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(frameon=False, fontsize=8, ncols=len(models), loc="lower center", bbox_to_anchor=(0.5, 1))
+    ax.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
     figure.savefig(path, dpi=150)
