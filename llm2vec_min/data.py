@@ -5,6 +5,7 @@ from __future__ import annotations
 import gzip
 import json
 import lzma
+import math
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -34,16 +35,6 @@ def iter_parquet(path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from None
 
 
-def iter_raw(path: str | Path) -> Iterator[str]:
-    """The lines of a text file, plain or compressed (.gz, .xz), as they are; ValueError that names a file it cannot read."""
-    try:
-        # a byte order mark is no text, and only "\n" ends a line: row i of the vectors is line i as other tools count
-        with OPENERS.get(Path(path).suffix.lower(), open)(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            yield from file
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable text file ({error})") from None
-
-
 def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
     """The lines of a .txt or .jsonl file (field "text"), plain or compressed (.gz, .xz), or of a .parquet file's column
     "text", stripped, empty ones left out.
@@ -56,11 +47,24 @@ def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
     if suffixes[-1:] == [".parquet"]:
         yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
         return
-    for number, line in enumerate(iter_raw(path), 1):
-        if ".jsonl" in suffixes and line.strip():
-            line = _text_of(line, f"{path}:{number}")
-        if keep_empty or line.strip():
-            yield line.strip()
+    as_json = ".jsonl" in suffixes
+    for number, line in numbered_lines(path):
+        if as_json and line:
+            line = _text_of(line, f"{path}:{number}").strip()
+        if keep_empty or line:
+            yield line
+
+
+def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of a text file, plain or compressed (.gz, .xz), stripped; ValueError if it is not one."""
+    opener = OPENERS.get(Path(path).suffix.lower(), open)
+    try:
+        # a byte order mark is no text, and only "\n" ends a line: row i of the vectors is line i as other tools count
+        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
+            for number, line in enumerate(file, 1):
+                yield number, line.strip()
+    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: not a readable text file ({error})") from None
 
 
 def _text_of(line: str, where: str) -> str:
@@ -106,12 +110,16 @@ def read_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
         ValueError: a line that is not of this form, or fewer than two lines.
     """
     scores, first, second = [], [], []
-    for number, line in enumerate(iter_lines(path), 1):
+    for number, line in numbered_lines(path):
         fields = line.split("\t")
         try:
             score, a, b = float(fields[0]), fields[1], fields[2]
+            if not math.isfinite(score):
+                raise ValueError
         except (ValueError, IndexError):
-            raise ValueError(f"{path}: pair {number} is {line[:60]!r}, expected score<tab>sentence<tab>sentence") from None
+            if not line:
+                continue
+            raise ValueError(f"{path}:{number}: found {line[:60]!r}, expected score<tab>sentence<tab>sentence") from None
         scores.append(score), first.append(a), second.append(b)
     if len(scores) < 2:
         raise ValueError(f"{path}: {len(scores)} pairs, at least 2 are needed")

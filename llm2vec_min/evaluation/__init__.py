@@ -1,9 +1,11 @@
 """From vectors to numbers: does a step help?
 
-Read metrics (formulas on arrays), then sentences (an encoder and a file to scores).
+Read metrics (formulas on arrays), sentences and words (an encoder and a file to scores), compare (several encoders,
+intervals, tests); then analysis (what changes inside) and doctor (is it silently wrong?).
 """
 
+from .compare import evaluate
 from .metrics import ranks, spearman
 from .sentences import cosine_scores, sts_score
 
-__all__ = ["cosine_scores", "ranks", "spearman", "sts_score"]
+__all__ = ["cosine_scores", "evaluate", "ranks", "spearman", "sts_score"]

@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from ..data import batches, iter_raw
+from ..data import batches, numbered_lines
 from .loop import Settings
 
 
@@ -65,8 +65,8 @@ def read_file(path: Path) -> tuple[list[Triplet], int]:
     in_echo_data = path.parent.name == "echo-data"
     usual = ECHO_DATA.get(path.name.split(".")[0], "") if in_echo_data else ""
     triplets, equal = [], 0
-    for number, line in enumerate(iter_raw(path), 1):
-        if not line.strip():
+    for number, line in numbered_lines(path):
+        if not line:
             continue
         where = f"{path}:{number}"
         try:

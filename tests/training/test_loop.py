@@ -251,7 +251,7 @@ def test_pairs(tmp_path):
     scores, first, second = read_pairs(tmp_path / "p.tsv")
     assert scores.tolist() == [5, 0.5] and first == ["a", "c"] and second == ["b", "d"]
     (tmp_path / "p.tsv").write_text("5.0\ta\tb\nhigh\tc\td\n")
-    with pytest.raises(ValueError, match=r"pair 2 is 'high\\tc\\td', expected score"):
+    with pytest.raises(ValueError, match=r"p.tsv:2: found 'high\\tc\\td', expected score"):
         read_pairs(tmp_path / "p.tsv")
 
 

@@ -1,0 +1,228 @@
+"""Several encoders on several tasks: an interval for each score, and whether a step is more than noise.
+
+A score is computed again on 1,000 resamples of its test rows (bootstrap). Rows that depend on each other, such as pairs
+that share an anchor, are drawn together. All encoders are scored on the same resamples, so that a difference between
+two of them is tested pair by pair: what is hard for both does not count. The tasks' own randomness (k-means' ten seeds)
+and a training run's are not in the intervals: for these, train with several seeds.
+Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+
+from ..encoder import LLM2Vec, find_chain
+from ..files import read_json
+from . import sentences, words
+from .sentences import Score
+
+# kind -> (how its file is read, how it is scored)
+KINDS: dict[str, tuple[Callable, Callable]] = {
+    "sts": (sentences.read_pairs, lambda *a: sentences.score_pairs(*a, "spearman")),
+    "pairs": (sentences.read_binary_pairs, lambda *a: sentences.score_pairs(*a, "average_precision")),
+    "classification": (sentences.read_classification, sentences.score_classification),
+    "clustering": (sentences.read_labelled, sentences.score_clustering),
+    "retrieval": (sentences.read_retrieval, sentences.score_retrieval),
+    "reranking": (sentences.read_reranking, sentences.score_reranking),
+    "words": (words.read_probe, words.score_words),
+}
+RESAMPLES = 1000
+Measured = dict[str, dict[str, tuple[float, np.ndarray]]]  # task -> metric -> (value, its resamples)
+
+
+def resample(score: Score, resamples: int = RESAMPLES, seed: int = 0) -> tuple[float, np.ndarray]:
+    """A score and what it would have been on other test sets of its size.
+
+    Returns:
+        The value, and (resamples,) values on test rows drawn group by group with replacement; centred on the value,
+        because repeated rows flatter some metrics (V-measure). The same seed and groups give the same rows.
+    """
+    value = score.statistic(np.arange(len(score.groups)))
+    order = np.argsort(score.groups, kind="stable")
+    members = np.split(order, np.flatnonzero(np.diff(score.groups[order])) + 1)
+    rng = np.random.default_rng(seed)
+    drawn = (rng.integers(0, len(members), len(members)) for _ in range(resamples))
+    draws = np.array([score.statistic(np.concatenate([members[g] for g in groups])) for groups in drawn])
+    kept = draws[np.isfinite(draws)]  # a resample of one single score or label has no value
+    if not math.isfinite(value) or not len(kept):
+        return math.nan, np.full(resamples, math.nan)
+    return value, np.clip(draws + value - kept.mean(), -100, 100)
+
+
+def interval(value: float, draws: np.ndarray) -> dict[str, float | None]:
+    """A score as {"value", "low", "high"}, the 95 % interval; all None where it is not defined (all cosines equal)."""
+    if not math.isfinite(value):
+        return {"value": None, "low": None, "high": None}
+    low, high = np.nanquantile(draws, [0.025, 0.975])
+    return {"value": value, "low": float(low), "high": float(high)}
+
+
+def paired(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray]) -> dict[str, float | None]:
+    """What `after` adds to `before`, both measured on the same resamples.
+
+    Returns:
+        {"difference", "low", "high", "p"}: the 95 % interval, and the two-sided p-value of "no difference": twice the share
+        of resamples in which the sign turns round, at least 1 / (resamples + 1). All None where a score is undefined.
+    """
+    difference, draws = after[0] - before[0], after[1] - before[1]
+    if not math.isfinite(difference):
+        return {"difference": None, "low": None, "high": None, "p": None}
+    draws = draws[np.isfinite(draws)]
+    low, high = np.quantile(draws, [0.025, 0.975])
+    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    p = min(1.0, (2 * tail + 1) / (len(draws) + 1))
+    return {"difference": difference, "low": float(low), "high": float(high), "p": float(p)}
+
+
+# ---- Tasks by name ----
+
+
+def read_tasks(names: list[str], instructions: dict[str, str] | None = None) -> dict[str, tuple[str, object]]:
+    """"KIND:PATH" -> (kind, what its files hold): all that can be wrong with them, before a model is loaded.
+
+    Raises:
+        ValueError: a kind that does not exist (lists those that do), or files that are not of its form.
+    """
+    for kind in instructions or {}:
+        if kind not in KINDS or kind == "words":
+            known = ", ".join(name for name in KINDS if name != "words")
+            raise ValueError(f"--instruction {kind}: expected one of {known}")
+    tasks = {}
+    for name in names:
+        kind, colon, path = name.partition(":")
+        if kind not in KINDS or not path:
+            raise ValueError(f"--tasks {name!r}: expected KIND:PATH, KIND one of {', '.join(KINDS)}")
+        tasks[name] = kind, KINDS[kind][0](path)
+    return tasks
+
+
+def measure(
+    l2v: LLM2Vec,
+    tasks: dict[str, tuple[str, object]],
+    *,
+    limit: int | None = None,
+    instructions: dict[str, str] | None = None,
+    batch_size: int = 32,
+    layers: list[int] | None = None,
+) -> Measured:
+    """Every metric of `read_tasks`' tasks, with its resamples; arguments as `evaluate`'s."""
+    measured: Measured = {}
+    for name, (kind, data) in tasks.items():
+        more = [layers] if kind == "words" else []
+        scores = KINDS[kind][1](l2v, data, limit, (instructions or {}).get(kind), batch_size, *more)
+        measured[name] = {metric: resample(score) for metric, score in scores.items()}
+    return measured
+
+
+def evaluate(l2v: LLM2Vec, tasks: list[str], *, instructions: dict[str, str] | None = None, **options) -> dict:
+    """Scores x 100 of an encoder.
+
+    Args:
+        tasks: such as "sts:pairs.tsv"; the kinds and their files are described in `sentences` and `words`.
+        instructions: kind -> what to put before its texts (retrieval and reranking: before the queries only).
+        limit: at most so many test rows (queries, sentences) of each task, drawn at random, and as many to train on.
+        batch_size: texts per forward pass.
+        layers: of word tasks, also these layers.
+    Returns:
+        {task: {metric: {"value", "low", "high"}}}, the 95 % interval.
+    """
+    measured = measure(l2v, read_tasks(tasks, instructions), instructions=instructions, **options)
+    return {task: {metric: interval(*score) for metric, score in metrics.items()} for task, metrics in measured.items()}
+
+
+def rungs(run: str) -> dict[str, dict]:
+    """A run's whole history, name -> arguments of `LLM2Vec.from_pretrained`: its base, causal and bidirectional, then each
+    of its stages on top (a run trained with --causal: no bidirectional base).
+
+    Raises:
+        ValueError: not a run, it has no adapter.
+    """
+    base, chain, settings = find_chain(run)
+    if not chain:
+        raise ValueError(f"--ladder {run}: expected a run's output folder, found a model without adapters")
+    common = {"name": base, "pooling": settings.get("pooling_mode"), "max_length": settings.get("max_length")}
+    steps = {"causal": {**common, "causal": True}}
+    if not settings.get("causal", False):
+        steps["bidirectional"] = {**common, "causal": False}
+    for number, adapter in enumerate(chain, 1):
+        arguments = adapter / "train_args.json"
+        stage = read_json(arguments).get("stage") if arguments.is_file() else None
+        name = f"+ {stage or adapter.name}"
+        name += f" ({number})" if name in steps else ""
+        steps[name] = {**common, "causal": settings.get("causal", False), "adapters": chain[:number]}
+    return steps
+
+
+# ---- To read ----
+
+
+def mean_row(measured: Measured) -> tuple[float, np.ndarray]:
+    """Mean over the tasks of each one's first metric, with its resamples (tasks are independent of each other)."""
+    firsts = [next(iter(metrics.values())) for metrics in measured.values()]
+    return float(np.mean([value for value, _ in firsts])), np.mean([draws for _, draws in firsts], axis=0)
+
+
+def short(task: str) -> str:
+    """A task's name for a table: its kind and its file or folder, without the way there."""
+    kind, _, path = task.partition(":")
+    return f"{kind} {Path(path.split(',')[-1]).name.split('.')[0]}"
+
+
+def report(models: dict[str, Measured]) -> dict:
+    """{"models": {model: {task: {metric: {"value", "low", "high"}}}}, "steps": [{"from", "to", "task", "metric", "difference",
+    "low", "high", "p"}, ...]}: each model's scores and each step from one to its neighbour. Where there are several tasks,
+    one more, "mean", is that of the tasks' first metrics."""
+    full = {name: m | ({"mean": {"mean": mean_row(m)}} if len(m) > 1 else {}) for name, m in models.items()}
+    steps = [
+        {"from": a, "to": b, "task": task, "metric": metric} | paired(full[a][task][metric], score)
+        for a, b in zip(list(full)[:-1], list(full)[1:], strict=True)
+        for task, metrics in full[b].items()
+        for metric, score in metrics.items()
+    ]
+    shown = {n: {t: {k: interval(*s) for k, s in ms.items()} for t, ms in m.items()} for n, m in full.items()}
+    return {"models": shown, "steps": steps}
+
+
+def table(result: dict) -> str:
+    """`report`'s result as a Markdown table. ▲ or ▼: better or worse than the column to its left at p < 0.05."""
+    models = list(result["models"])
+    signs = {
+        (s["to"], s["task"], s["metric"]): " ▲" if s["difference"] > 0 else " ▼"
+        for s in result["steps"]
+        if s["p"] is not None and s["p"] < 0.05
+    }
+    lines = ["| x 100 [95 %] | metric | " + " | ".join(models) + " |", "|---" * (len(models) + 2) + "|"]
+    for task, metrics in result["models"][models[0]].items():
+        for metric in metrics:
+            cells = []
+            for model in models:
+                s = result["models"][model][task][metric]
+                number = "undefined" if s["value"] is None else f"{s['value']:.1f} [{s['low']:.1f}, {s['high']:.1f}]"
+                cells.append(number + signs.get((model, task, metric), ""))
+            lines.append(f"| {short(task) if ':' in task else task} | {metric} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def plot(result: dict, path: str | Path) -> None:
+    """`report`'s result as the paper's bar chart: a group of bars for each task's first metric, a bar for each model."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    models = result["models"]
+    tasks = list(next(iter(models.values())))
+    figure = Figure(figsize=(max(6, 2 + 0.28 * len(tasks) * (len(models) + 1)), 4), layout="constrained")
+    ax, width = FigureCanvasAgg(figure).figure.subplots(), 0.85 / len(models)
+    for i, (name, scores) in enumerate(models.items()):
+        firsts = [next(iter(scores[task].values())) for task in tasks]
+        value, low, high = np.array([list(first.values()) for first in firsts], dtype=float).T  # None becomes nan
+        bars = {"yerr": [np.maximum(value - low, 0), np.maximum(high - value, 0)], "error_kw": {"lw": 0.8}}
+        ax.bar(np.arange(len(tasks)) + (i - (len(models) - 1) / 2) * width, value, width, label=Path(name).name, **bars)
+    ax.set_xticks(range(len(tasks)), [short(t) if ":" in t else t for t in tasks], rotation=30, ha="right", fontsize=8)
+    ax.set_ylabel("score x 100, 95 % interval")
+    ax.spines[["top", "right"]].set_visible(False)
+    ax.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
+    figure.savefig(path, dpi=150)

@@ -1,0 +1,133 @@
+"""Intervals against formulas and simulation, the paired test, the ladder of a run."""
+
+import json
+
+import numpy as np
+import pytest
+import scipy.stats
+from test_sentences import FIRST, GOLD, SECOND
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min.evaluation import compare, sentences
+from llm2vec_min.evaluation.__main__ import main
+from llm2vec_min.lora import add_lora
+
+
+def test_interval_of_a_mean_is_the_formulas():
+    values = np.random.default_rng(0).normal(0.3, 0.1, 400)
+    shown = compare.interval(*compare.resample(sentences.mean_score(values)))
+    half = 1.96 * 100 * values.std() / 20
+    assert shown["value"] == pytest.approx(100 * values.mean())
+    assert shown["high"] - shown["value"] == pytest.approx(half, rel=0.15)
+    assert shown["value"] - shown["low"] == pytest.approx(half, rel=0.15)
+
+
+def test_rows_of_a_group_go_together():
+    """Ten copies of each of 40 values are 40 observations, not 400."""
+    values = np.random.default_rng(0).normal(0.3, 0.1, 40)
+    copies = sentences.mean_score(np.repeat(values, 10))
+    width = [np.subtract(*np.quantile(compare.resample(s)[1], [0.975, 0.025])) for s in (
+        sentences.mean_score(values), copies._replace(groups=np.repeat(np.arange(40), 10)), copies)]  # fmt: skip
+    assert width[1] == pytest.approx(width[0], rel=1e-9) and width[2] == pytest.approx(width[0] / 10**0.5, rel=0.2)
+
+
+def test_pairs_that_share_a_sentence_are_one_group(tmp_path):
+    """An anchor on either side."""
+    lines = [f"{i % 5}\tthe anchor\tother {i}" for i in range(4)] + [f"{i}\tother {9 + i}\tanother one" for i in range(3)]
+    (tmp_path / "p.tsv").write_text("\n".join([*lines, "1\tx\ty"]))
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
+    score = sentences.score_pairs(l2v, sentences.read_pairs(tmp_path / "p.tsv"), None, None, 32, "spearman")["spearman"]
+    assert sorted(np.unique(score.groups, return_counts=True)[1]) == [1, 3, 4]
+
+
+def test_coverage():
+    """Of 100 samples, the 95 % interval holds the true correlation in about 95 %."""
+    rng, inside = np.random.default_rng(1), 0
+    truth = 100 * 6 / np.pi * np.arcsin(0.6 / 2)  # of a normal pair with correlation 0.6
+    for _ in range(100):
+        a = rng.normal(size=80)
+        b = 0.6 * a + 0.8 * rng.normal(size=80)
+        score = sentences.Score(lambda rows, a=a, b=b: 100 * sentences.spearman(a[rows], b[rows]), np.arange(80))
+        shown = compare.interval(*compare.resample(score, resamples=200))
+        inside += shown["low"] <= truth <= shown["high"]
+    assert 88 <= inside <= 100
+
+
+def test_paired_test():
+    rng = np.random.default_rng(0)
+    hard = rng.normal(0.5, 0.2, 300)  # most of the variance is shared
+    scores = [compare.resample(sentences.mean_score(hard + rng.normal(d, 0.05, 300))) for d in (0, 0, 0.02)]
+    same, better = compare.paired(scores[0], scores[1]), compare.paired(scores[0], scores[2])
+    assert same["p"] > 0.05 and same["low"] < 0 < same["high"] and better["p"] < 0.01 and better["low"] > 0
+    alone = compare.interval(*scores[0])
+    assert alone["high"] - alone["low"] > 1.5 * better["difference"], "the two intervals overlap"
+    worse = compare.paired(scores[2], scores[0])
+    assert worse["difference"] == -better["difference"] and worse["p"] == better["p"]
+    assert compare.paired(scores[0], scores[0])["p"] == 1
+    ps = []  # without a difference p is uniform
+    for _ in range(80):
+        pair = [compare.resample(sentences.mean_score(rng.normal(size=60)), resamples=200, seed=1) for _ in range(2)]
+        ps.append(compare.paired(*pair)["p"])
+    assert scipy.stats.kstest(ps, "uniform").pvalue > 0.01
+
+
+def test_undefined():
+    constant = sentences.Score(lambda rows: float("nan"), np.arange(4))
+    assert compare.interval(*compare.resample(constant)) == dict.fromkeys(("value", "low", "high"))
+    assert set(compare.paired(compare.resample(constant), compare.resample(constant)).values()) == {None}
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory):
+    """A bidirectional run of two stages, untrained, and a causal one of one stage."""
+    folder = tmp_path_factory.mktemp("runs")
+
+    def stage(base, name, kind, **options):
+        l2v = LLM2Vec.from_pretrained(base, device="cpu", **options)
+        add_lora(l2v.decoder, r=2)
+        for n, p in l2v.decoder.named_parameters():
+            if "lora_B" in n:
+                p.data.normal_(std=0.02)
+        (folder / name).mkdir()
+        l2v.save_run(folder / name, kind)
+        (folder / name / "train_args.json").write_text(json.dumps({"stage": kind}))
+        return str(folder / name)
+
+    mntp = stage("tiny", "mntp", "mntp")
+    simcse, causal = stage(mntp, "simcse", "simcse", pooling="max"), stage("tiny", "causal", "simcse", causal=True)
+    (folder / "p.tsv").write_text("".join(f"{s}\t{a}\t{b}\n" for s, a, b in zip(GOLD, FIRST, SECOND, strict=True)))
+    return folder, mntp, simcse, causal
+
+
+def test_ladder(runs, tmp_path, capsys):
+    folder, mntp, simcse, causal = runs
+    assert list(compare.rungs(causal)) == ["causal", "+ simcse"] and compare.rungs(causal)["+ simcse"]["causal"] is True
+    task = f"sts:{folder}/p.tsv"
+    outputs = ["--json", str(tmp_path / "o.json"), "--plot", str(tmp_path / "o.png")]
+    main(["--ladder", simcse, "--compare", causal, "--tasks", task, *outputs, "--device", "cpu"])
+    out = json.loads((tmp_path / "o.json").read_text())
+    assert list(out["models"]) == ["causal", "bidirectional", "+ mntp", "+ simcse", causal]
+    direct = {  # the same encoders by hand, all pooled as the run is
+        "causal": dict(name="tiny", causal=True, pooling="max"), "bidirectional": dict(name="tiny", pooling="max"),
+        "+ mntp": dict(name=mntp, pooling="max"), "+ simcse": dict(name=simcse), causal: dict(name=causal),
+    }  # fmt: skip
+    for name, options in direct.items():
+        expected = sentences.sts_score(LLM2Vec.from_pretrained(**options, device="cpu"), folder / "p.tsv")
+        assert out["models"][name][task]["spearman"]["value"] == pytest.approx(expected, abs=1e-6), name
+    assert [(s["from"], s["to"]) for s in out["steps"]] == list(zip(list(direct)[:-1], list(direct)[1:], strict=True))
+    assert all({"difference", "low", "high", "p", "task", "metric"} <= step.keys() for step in out["steps"])
+    assert "| sts p | spearman |" in capsys.readouterr().out
+    assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_table_marks_only_what_is_more_than_noise():
+    rng = np.random.default_rng(0)
+    base = rng.normal(0.5, 0.1, 200)
+    models = {
+        name: {task: {"map": compare.resample(sentences.mean_score(base + d))} for task in ("reranking:a", "reranking:b")}
+        for name, d in (("A", 0), ("B", 0.1 + rng.normal(0, 0.01, 200)), ("C", 0.1 + rng.normal(0, 0.01, 200)), ("D", 0))
+    }
+    lines = compare.table(compare.report(models)).splitlines()
+    assert lines[0] == "| x 100 [95 %] | metric | A | B | C | D |" and lines[-1].startswith("| mean | mean |")
+    cells = [cell.strip() for cell in lines[2].split("|")[3:7]]
+    assert ["▲" in cell for cell in cells] == [False, True, False, False] and cells[3].endswith("▼")

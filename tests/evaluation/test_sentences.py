@@ -1,0 +1,312 @@
+"""Sentence tasks: the same numbers from scikit-learn, scipy, trec_eval and mteb on the same vectors; files and mistakes."""
+
+import gzip
+import json
+import lzma
+
+import numpy as np
+import pytest
+import pytrec_eval
+import scipy.stats
+import sklearn.cluster
+import sklearn.linear_model
+import sklearn.metrics
+import sklearn.pipeline
+import sklearn.preprocessing
+import torch
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min.evaluation import evaluate, sentences, sts_score
+from llm2vec_min.evaluation.__main__ import main
+
+ANIMALS = ["a cat sleeps", "the dog barks", "two horses run", "a bird sings", "the cow eats grass", "a fish swims"]
+MONEY = ["prices fell again", "the bank lends money", "taxes rise", "shares were sold", "the market closed", "a loan is paid"]
+FIRST = ["a man plays the guitar", "two dogs run", "the market fell", "it rains", "she reads a book", "he cooks rice"]
+SECOND = ["a man is playing guitar", "two dogs are running", "a boy swims", "the sun shines", "a book is read", "the car"]
+GOLD = [5.0, 4.8, 0.0, 1.0, 4.0, 0.2]
+
+
+@pytest.fixture(scope="module")
+def l2v():
+    return LLM2Vec.from_pretrained("tiny", device="cpu")
+
+
+@pytest.fixture(scope="module")
+def files(tmp_path_factory):
+    """One file of each kind; half of them compressed."""
+    folder = tmp_path_factory.mktemp("tasks")
+    pairs = list(zip(GOLD, FIRST, SECOND, strict=True))
+    (folder / "sts.tsv").write_text("".join(f"{s}\t{a}\t{b}\n" for s, a, b in pairs))
+    (folder / "pairs.tsv").write_text("".join(f"{int(s > 3)}\t{a}\t{b}\n" for s, a, b in pairs))
+    rows = [f"{label}\t{text}{end}\n" for end in ("", " today", " there") for label, texts in (("animals", ANIMALS), ("money", MONEY)) for text in texts]  # fmt: skip # noqa: E501
+    (folder / "train.tsv").write_text("".join(rows[:24]))
+    (folder / "test.tsv.gz").write_bytes(gzip.compress("".join(rows[24:]).encode()))
+    (folder / "clusters.tsv.xz").write_bytes(lzma.compress("".join(rows).encode()))
+    corpus = [{"_id": f"d{i}", "title": "" if i % 2 else "Title", "text": text} for i, text in enumerate(SECOND + ANIMALS + SECOND)]
+    (folder / "corpus.jsonl.xz").write_bytes(lzma.compress("\n".join(map(json.dumps, corpus)).encode()))
+    (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": f"q{i}", "text": t}) for i, t in enumerate(FIRST)))
+    judged = [(f"q{i}", f"d{j}", (i * j) % 3) for i in range(5) for j in range(i, 18, 4)]
+    lines = ["query-id\tcorpus-id\tscore", *("\t".join(map(str, row)) for row in judged)]
+    (folder / "qrels.tsv.gz").write_bytes(gzip.compress("\n".join(lines).encode()))
+    rerank = [{"query": q, "positive": [p, ANIMALS[i]], "negative": MONEY[i:]} for i, (q, p) in enumerate(zip(FIRST[:4], SECOND[:4], strict=True))]  # fmt: skip # noqa: E501
+    (folder / "rerank.jsonl").write_text("\n".join(map(json.dumps, rerank)))
+    return folder
+
+
+def value(l2v, task, metric, **options):
+    return evaluate(l2v, [task], **options)[task][metric]["value"]
+
+
+def test_sts_and_pairs(l2v, files):
+    vectors = l2v.encode(FIRST + SECOND, normalize=True).astype(np.float64)
+    cosines = (vectors[:6] * vectors[6:]).sum(1)
+    expected = 100 * scipy.stats.spearmanr(cosines, GOLD).statistic
+    assert value(l2v, f"sts:{files}/sts.tsv", "spearman") == pytest.approx(expected, abs=1e-9)
+    assert sts_score(l2v, files / "sts.tsv") == pytest.approx(expected, abs=1e-9)
+    expected = 100 * sklearn.metrics.average_precision_score(np.array(GOLD) > 3, cosines)
+    assert value(l2v, f"pairs:{files}/pairs.tsv", "average_precision") == pytest.approx(expected, abs=1e-9)
+
+
+def test_retrieval_equals_trec_eval(l2v, files):
+    """With six documents there twice: equal cosines, ordered by document id."""
+    documents, queries, qrels = sentences.read_retrieval(files)
+    assert documents["d0"] == "Title " + SECOND[0] and documents["d1"] == SECOND[1] and len(qrels) == 5
+    ids, vectors = list(documents), sentences.embed(l2v, list(documents.values()), None, 32)
+    told = l2v.encode([["Find:", text] for text in queries.values()], normalize=True)
+    run = {q: dict(zip(ids, map(float, vectors @ v), strict=True)) for q, v in zip(queries, told, strict=True)}
+    theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100"}).evaluate(run)
+    options = dict(instructions={"retrieval": "Find:"})
+    for ours, name in (("ndcg_at_10", "ndcg_cut_10"), ("recall_at_100", "recall_100")):
+        expected = 100 * np.mean([row[name] for row in theirs.values()])
+        assert value(l2v, f"retrieval:{files}", ours, **options) == pytest.approx(expected, abs=1e-6)
+
+
+def test_reranking(l2v, files):
+    expected = []
+    for record in map(json.loads, (files / "rerank.jsonl").read_text().splitlines()):
+        texts = record["positive"] + record["negative"]
+        query = l2v.encode(record["query"], "Find:", normalize=True)
+        relevant = np.arange(len(texts)) < len(record["positive"])
+        expected.append(sklearn.metrics.average_precision_score(relevant, l2v.encode(texts, normalize=True) @ query))
+    options = dict(instructions={"reranking": "Find:"})
+    assert value(l2v, f"reranking:{files}/rerank.jsonl", "map", **options) == pytest.approx(100 * np.mean(expected), abs=1e-6)
+
+
+@pytest.mark.parametrize("classes", [2, 7])
+def test_logistic_regression_equals_scikit_learn(classes):
+    rng = np.random.default_rng(classes)
+    centers = rng.normal(size=(classes, 20))
+    y = rng.integers(0, classes, 900)
+    x = (centers[y] + 1.5 * rng.normal(size=(900, 20))).astype(np.float32) * rng.uniform(0.01, 100, 20).astype(np.float32)
+    x[:, 3] = 7  # a feature that says nothing, and must not divide by zero
+    theirs = sklearn.pipeline.make_pipeline(
+        sklearn.preprocessing.StandardScaler(), sklearn.linear_model.LogisticRegression(tol=1e-8, max_iter=1000)
+    ).fit(x[:500].astype(np.float64), y[:500])
+    ours = sentences.logistic_regression(x[:500], y[:500], x[500:])
+    # two classes: scikit-learn's single vector is penalised as half of our two, so that only this case may differ a little
+    assert np.mean(ours == theirs.predict(x[500:])) >= (0.99 if classes == 2 else 0.9975)
+    assert 0.5 < np.mean(ours == y[500:]) < 1
+
+
+def test_classification(l2v, files):
+    train, test = sentences.read_classification(f"{files}/train.tsv,{files}/test.tsv.gz")
+    x, z = (l2v.encode(part["texts"], normalize=True) for part in (train, test))
+    scaler = sklearn.preprocessing.StandardScaler().fit(x)
+    model = sklearn.linear_model.LogisticRegression(max_iter=1000).fit(scaler.transform(x), train["labels"])
+    predicted = model.predict(scaler.transform(z))
+    task = f"classification:{files}/train.tsv,{files}/test.tsv.gz"
+    assert value(l2v, task, "accuracy") == pytest.approx(100 * np.mean(predicted == np.array(test["labels"])))
+    f1 = sklearn.metrics.f1_score(test["labels"], predicted, average="macro")
+    assert value(l2v, task, "macro_f1") == pytest.approx(100 * f1)
+
+
+def test_kmeans_equals_scikit_learn():
+    rng = np.random.default_rng(0)
+    x = np.concatenate([rng.normal(size=(50, 5)) + 2 * c for c in rng.normal(size=(4, 5))]).astype(np.float32)
+    start = torch.from_numpy(x[[0, 60, 120, 180]])
+    theirs = sklearn.cluster.KMeans(4, init=start.numpy(), n_init=1, tol=0, algorithm="lloyd").fit_predict(x)
+    generator = torch.Generator().manual_seed(0)
+    assert sentences.kmeans(torch.from_numpy(x), 4, generator, start).tolist() == theirs.tolist()
+
+    # from its own beginning: as good as theirs, from one seed to the next
+    def inertia(labels):
+        return sum(((x[labels == k] - x[labels == k].mean(0)) ** 2).sum() for k in set(labels))
+
+    ours = [inertia(sentences.kmeans(torch.from_numpy(x), 4, torch.Generator().manual_seed(s)).numpy()) for s in range(10)]
+    best = sklearn.cluster.KMeans(4, n_init=10, random_state=0).fit(x).inertia_
+    assert min(ours) == pytest.approx(best, rel=1e-3) and np.mean(ours) < 1.2 * best
+    same = sentences.kmeans(torch.ones(5, 3), 3, generator)  # fewer different rows than clusters
+    assert len(set(same.tolist())) == 1
+
+
+def test_clustering(l2v, files):
+    rows = sentences.read_labelled(files / "clusters.tsv.xz")
+    x = torch.from_numpy(l2v.encode(rows["texts"], normalize=True))
+    found = [sentences.kmeans(x, 2, torch.Generator().manual_seed(seed)).numpy() for seed in range(10)]
+    expected = 100 * np.mean([sklearn.metrics.v_measure_score(rows["labels"], labels) for labels in found])
+    assert value(l2v, f"clustering:{files}/clusters.tsv.xz", "v_measure") == pytest.approx(expected, abs=1e-6)
+
+
+def test_instructions_reach_both_sides(l2v, files):
+    plain, told = (value(l2v, f"sts:{files}/sts.tsv", "spearman", instructions=i) for i in (None, {"sts": "Mean the same:"}))
+    vectors = l2v.encode(FIRST + SECOND, "Mean the same:", normalize=True)
+    assert told == pytest.approx(100 * scipy.stats.spearmanr((vectors[:6] * vectors[6:]).sum(1), GOLD).statistic, abs=1e-6)
+    assert np.isfinite(plain)
+
+
+def test_limit_draws_from_the_whole_file(tmp_path, l2v):
+    lines = [f"{label}\t{text} {i}" for label, text in (("a", ANIMALS[0]), ("b", MONEY[0])) for i in range(40)]  # sorted by label
+    (tmp_path / "x.tsv").write_text("\n".join(lines))
+    task = f"classification:{tmp_path}/x.tsv,{tmp_path}/x.tsv"
+    assert value(l2v, task, "accuracy", limit=20) == 100 and value(l2v, task, "macro_f1", limit=20) == 100
+    assert sentences.sample(10, None).tolist() == list(range(10)) and len(set(sentences.sample(1000, 20))) == 20
+
+
+def test_vectors_that_are_not_numbers(files):
+    broken = LLM2Vec.from_pretrained("tiny", device="cpu")
+    broken.decoder.norm.weight.data[0] = torch.nan
+    with pytest.raises(ValueError, match="vector of 'a man plays the guitar' is not finite"):
+        evaluate(broken, [f"sts:{files}/sts.tsv"])
+
+
+def test_the_same_numbers_from_mteb(l2v, files):
+    mteb, datasets = pytest.importorskip("mteb"), pytest.importorskip("datasets")
+    from mteb.abstasks import AbsTaskPairClassification, AbsTaskRetrieval, AbsTaskSTS
+    from mteb.abstasks.task_metadata import TaskMetadata
+
+    from llm2vec_min.interop.mteb_adapter import MTEBEncoder
+
+    documents, queries, qrels = sentences.read_retrieval(files)
+    reranking = sentences.read_reranking(files / "rerank.jsonl")
+
+    def retrieval(documents, queries, relevant, top=None):
+        rows = ({"id": list(texts), "text": list(texts.values())} for texts in (documents, queries))
+        corpus, asked = map(datasets.Dataset.from_dict, rows)
+        split = {"corpus": corpus, "queries": asked, "relevant_docs": relevant, "top_ranked": top}
+        return {"default": {"test": split}}
+
+    names = [{f"{i}-{j}": t for j, t in enumerate(a + b)} for i, (_, a, b) in enumerate(reranking)]
+    relevant = {f"q{i}": dict.fromkeys(list(names[i])[: len(a)], 1) for i, (_, a, _) in enumerate(reranking)}
+    top = {f"q{i}": list(ids) for i, ids in enumerate(names)}
+    pairs = {"sentence1": FIRST, "sentence2": SECOND}
+
+    def made(base, kind, score, dataset, **fields):
+        metadata = TaskMetadata(
+            dataset={"path": "local/none", "revision": "1"}, name="Local", description="made for a test", type=kind,
+            eval_splits=["test"], eval_langs=["eng-Latn"], main_score=score,
+        )  # fmt: skip
+
+        def load_data(self, **ignored):
+            self.dataset, self.data_loaded = dataset, True
+
+        return type("Local", (base,), {"metadata": metadata, "load_data": load_data, **fields})()
+
+    def table(**columns):
+        return datasets.DatasetDict({"test": datasets.Dataset.from_dict({**pairs, **columns})})
+
+    asked = {f"q{i}": query for i, (query, _, _) in enumerate(reranking)}
+    ranked = {id: text for ids in names for id, text in ids.items()}
+    judged = {id: text for id, text in queries.items() if id in qrels}
+    for task, metric, theirs in (
+        ("sts:sts.tsv", "spearman", made(AbsTaskSTS, "STS", "cosine_spearman", table(score=GOLD), min_score=0, max_score=5)),
+        ("pairs:pairs.tsv", "average_precision",
+         made(AbsTaskPairClassification, "PairClassification", "cosine_ap", table(labels=[int(g > 3) for g in GOLD]))),
+        ("retrieval:.", "ndcg_at_10", made(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", retrieval(documents, judged, qrels))),
+        ("retrieval:.", "recall_at_100", made(AbsTaskRetrieval, "Retrieval", "recall_at_100", retrieval(documents, judged, qrels))),
+        ("reranking:rerank.jsonl", "map", made(AbsTaskRetrieval, "Reranking", "map_at_1000", retrieval(ranked, asked, relevant, top))),
+    ):  # fmt: skip
+        (result,) = mteb.evaluate(MTEBEncoder(l2v), [theirs], cache=None, co2_tracker=False).task_results
+        kind, name = task.split(":")
+        # mteb rounds trec_eval's measures to five decimals
+        assert value(l2v, f"{kind}:{files / name}", metric) == pytest.approx(100 * result.get_score(), abs=1e-3), task
+
+
+# ---- The command ----
+
+
+def test_command(files, tmp_path, capsys):
+    tasks = [
+        f"sts:{files}/sts.tsv", f"pairs:{files}/pairs.tsv", f"classification:{files}/train.tsv,{files}/test.tsv.gz",
+        f"clustering:{files}/clusters.tsv.xz", f"retrieval:{files}", f"reranking:{files}/rerank.jsonl",
+    ]  # fmt: skip
+    main(["--tasks", *tasks, "--json", str(tmp_path / "out.json"), "--device", "cpu", "--instruction", "retrieval=Find:"])
+    out = json.loads((tmp_path / "out.json").read_text())
+    assert list(out) == tasks
+    assert [list(metrics) for metrics in out.values()] == [
+        ["spearman"], ["average_precision"], ["accuracy", "macro_f1"], ["v_measure"], ["ndcg_at_10", "recall_at_100"], ["map"],
+    ]  # fmt: skip
+    for metrics in out.values():
+        for score in metrics.values():
+            assert list(score) == ["value", "low", "high"] and score["low"] <= score["value"] <= score["high"]
+    shown = capsys.readouterr().out
+    assert "| sts sts | spearman | " in shown and f"{out[tasks[0]]['spearman']['value']:.1f} [" in shown
+    assert "retrieval" in shown
+
+
+def test_undefined_scores_are_null(tmp_path, capsys):
+    (tmp_path / "p.tsv").write_text("1\ta cat\ta dog\n1\ta dog\ta cat\n")  # one gold score
+    main(["--tasks", f"sts:{tmp_path}/p.tsv", "--json", str(tmp_path / "o.json"), "--device", "cpu"])
+    assert json.loads((tmp_path / "o.json").read_text())[f"sts:{tmp_path}/p.tsv"]["spearman"] == dict.fromkeys(("value", "low", "high"))
+    assert "undefined" in capsys.readouterr().out
+
+
+CORPUS, QUERIES = '{"_id": "d", "text": "x"}\n', '{"_id": "q", "text": "x"}\n'
+
+
+@pytest.mark.parametrize(
+    ("task", "contents", "message"),
+    [
+        ("sts:a", {"a": "1\tb\tc\nnan\tb\tc\n"}, r"a:2: found 'nan\\tb\\tc', expected score<tab>sentence<tab>sentence"),
+        ("sts:a", {"a": "1\tb\tc\n\nhigh\tb\tc\n"}, r"a:3: found 'high"),
+        ("sts:a", {"a": "1\tb\n1\tb\tc\n"}, r"a:1: found"),
+        ("sts:a", {"a": ""}, "a: 0 pairs, at least 2"),
+        ("sts:a", {}, "a: not a readable text file"),
+        ("sts:a.xz", {"a.xz": "plain"}, "a.xz: not a readable text file"),
+        ("pairs:a", {"a": "1\tb\tc\n2\tb\tc\n"}, "a:2: found the label '2', expected 1 or 0"),
+        ("classification:a,b", {"a": "x\tt\ny\tt\n", "b": "x\tt\nz\tt\n"}, "b:2: found the label 'z'.* expected one of x, y"),
+        ("classification:a,b", {"a": "x\tt\ny\tt\n", "b": "x\tt\n"}, "a:2: found the label 'y', which does not occur in .*b"),
+        ("classification:a,b", {"a": "x\tt\ny\n", "b": "x\tt\n"}, "a:2: found 'y', expected label<tab>text"),
+        ("classification:a", {"a": "x\tt\n"}, "expected two files, TRAIN,TEST"),
+        ("clustering:a", {"a": "\n\n"}, "a: no text in it"),
+        ("retrieval:.", {"corpus.jsonl": CORPUS, "qrels.tsv": "q\td\t1"}, "queries.jsonl: not found, expected it plain or with .gz or .xz"),
+        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\nq\te\t1\n"},
+         "qrels.tsv:3: 'e' is no _id of corpus.jsonl"),
+        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "p\td\t1\n"}, "qrels.tsv:1: 'p' is no _id of queries"),
+        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "q\td\thigh\n"}, "qrels.tsv:1: found .*whole number"),
+        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement"),
+        ("retrieval:.", {"corpus.jsonl": CORPUS * 2, "queries.jsonl": QUERIES, "qrels.tsv": ""}, "corpus.jsonl:2: the _id 'd' was there"),
+        ("retrieval:.", {"corpus.jsonl": "\n", "queries.jsonl": QUERIES, "qrels.tsv": ""}, "corpus.jsonl: no text in it"),
+        ("retrieval:.", {"corpus.jsonl": '{"_id": 1, "text": "x"}', "queries.jsonl": QUERIES, "qrels.tsv": ""}, "corpus.jsonl:1: found"),
+        ("reranking:a", {"a": '{"query": "x", "positive": ["y"], "negative": []}'}, "a:1: expected at least one text"),
+        ("reranking:a", {"a": '{"query": "x", "positive": ["y"]}\n'}, 'a:1: found .* expected a JSON object with "query"'),
+        ("reranking:a", {"a": "[]"}, "a:1: found"),
+        ("reranking:a", {"a": ""}, "a: no query in it"),
+        ("summarization:a", {}, "KIND one of sts, pairs, classification, clustering, retrieval, reranking, words"),
+        ("sts", {}, "expected KIND:PATH"),
+    ],
+)  # fmt: skip
+def test_bad_input_before_a_model_is_loaded(tmp_path, monkeypatch, task, contents, message):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", lambda *a, **k: pytest.fail("loaded a model"))
+    for name, text in contents.items():
+        (tmp_path / name).write_text(text)
+    with pytest.raises(ValueError, match=message):
+        main(["--tasks", task])
+
+
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (["--instruction", "sts"], "expected KIND=TEXT"),
+        (["--instruction", "poems=x"], "--instruction poems: expected one of sts"),
+        (["--instruction", "words=x"], "--instruction words: expected one of sts"),
+        (["--limit", "0"], "--limit is 0, expected at least 2"),
+        (["--model", "tiny", "--compare", "tiny"], "--model goes alone"),
+        (["--json", "nowhere/out.json"], "its folder does not exist"),
+        (["--ladder", "tiny"], "expected a run's output folder, found a model without adapters"),
+        (["--pooling", "median"], "pooling is 'median', expected one of mean"),
+    ],
+)
+def test_bad_flags(files, flags, message):
+    with pytest.raises(ValueError, match=message):
+        main(["--tasks", f"sts:{files}/sts.tsv", *flags, "--device", "cpu"])
