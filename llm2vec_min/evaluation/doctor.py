@@ -26,7 +26,6 @@ from ..cli import add_model_flags, run
 from ..encoder import LLM2VEC_CONFIG, LLM2Vec
 from ..files import read_json
 from ..hub import resolve
-from ..interop.export import MARKER
 from ..pooling import POOLING_MODES
 
 TEXTS = [
@@ -41,6 +40,8 @@ LONG = " ".join(TEXTS * 3)
 INSTRUCTION = "Retrieve texts that mean the same:"
 MOST_TOKENS = 2048  # the longest text that is tried
 Encode = Callable[..., np.ndarray]  # (texts, instruction=None) -> (N, C), all texts in one batch or request
+
+MARK = "\x1f"  # with which an export ends its prompts
 
 
 class Check(NamedTuple):
@@ -208,13 +209,13 @@ def through_sentence_transformers(folder: Path, device: str | torch.device) -> t
     if not (folder / "modules.json").is_file():
         raise ValueError(f"--with sentence-transformers: {folder} is no export, make one: python -m llm2vec_min.interop.export")
     model = SentenceTransformer(str(folder), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True})
-    prompts = [prompt for prompt in model.prompts.values() if prompt.strip(MARKER)]
+    prompts = [prompt for prompt in model.prompts.values() if prompt.strip(MARK)]
 
     def encode(texts: list[str], instruction: str | None = None) -> np.ndarray:
         given = {"prompt": prompts[0]} if instruction else {}
         return model.encode(texts, batch_size=len(texts), **given)
 
-    return encode, prompts[0].strip(MARKER) if prompts else None
+    return encode, prompts[0].strip(MARK) if prompts else None
 
 
 def over_http(url: str, model: str) -> Encode:
