@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +11,9 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from .files import read_json
+from .files import member, read_json, short
+
+MAX_TOKENIZER = 64 * 2**20  # bytes; twice the largest vocabulary's
 
 
 class Encoded(NamedTuple):
@@ -35,27 +38,56 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        path = Path(folder) / "tokenizer.json"
+        path = member(folder, "tokenizer.json")
         if not path.is_file():
             raise ValueError(f"{path}: not found; a fast tokenizer is needed (transformers writes one on saving)")
+        if path.stat().st_size > MAX_TOKENIZER:
+            raise ValueError(f"{path}: is larger than {MAX_TOKENIZER >> 20} MB")
         try:
             self.backend = tokenizers.Tokenizer.from_file(str(path))
         except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
+            raise ValueError(f"{path}: not a readable tokenizer ({repr(str(error)[:300])[1:-1]})") from None
         self.folder = Path(folder)
-        self.backend.no_padding()
-        self.backend.no_truncation()
 
-        config_path = self.folder / "tokenizer_config.json"
+        config_path = member(folder, "tokenizer_config.json")
         config = read_json(config_path) if config_path.is_file() else {}
-        bos, eos, pad = (self._token(config.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
-        self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        bos, eos, pad = (self._token(config, f"{name}_token", config_path) for name in ("bos", "eos", "pad"))
+        self._settle()
         # Padding is masked out everywhere, so any id will do where the tokenizer names none.
         self.pad_id = self.backend.token_to_id(pad or eos or bos or "") or 0
 
-    def _token(self, entry) -> str | None:
+    def _settle(self) -> None:
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def fit(self, vocab_size: int) -> None:
+        """Forgets the added tokens that a model has no embedding for (most often a padding token), so that a text in which
+        one stands is read as any other.
+
+        Args:
+            vocab_size: ids that have an embedding.
+        Raises:
+            ValueError: the vocabulary itself is larger, or the special tokens around every text have no embedding.
+        """
+        if max(self.backend.get_added_tokens_decoder(), default=0) >= vocab_size:
+            raw = json.loads(self.backend.to_str())
+            raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < vocab_size]
+            self.backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            self._settle()
+        if self.pad_id >= vocab_size:
+            self.pad_id = 0
+        largest = max([0, *self.backend.get_vocab().values(), *self.backend.encode("").ids])
+        if largest >= vocab_size:
+            path = self.folder / "tokenizer.json"
+            raise ValueError(f"{path}: has the token id {largest}, but config.json's vocab_size is {vocab_size}")
+
+    def _token(self, config: dict, name: str, path: Path) -> str | None:
         """A token of tokenizer_config.json (a string, or a dict with its "content") if the vocabulary has it."""
+        entry = config.get(name)
         content = entry.get("content") if isinstance(entry, dict) else entry
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{path}: {name} is {short(entry)}, expected a token")
         return content if content and self.backend.token_to_id(content) is not None else None
 
     def mask_id(self, token: str = "_") -> int:
