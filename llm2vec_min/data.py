@@ -6,6 +6,7 @@ import gzip
 import json
 import lzma
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -63,7 +64,7 @@ def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
         with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
             for number, line in enumerate(file, 1):
                 yield number, line.strip()
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error, UnicodeDecodeError) as error:
         raise ValueError(f"{path}: not a readable text file ({error})") from None
 
 

@@ -43,10 +43,8 @@ class Tokenizer:
             raise ValueError(f"{path}: not found; a fast tokenizer is needed (transformers writes one on saving)")
         if path.stat().st_size > MAX_TOKENIZER:
             raise ValueError(f"{path}: is larger than {MAX_TOKENIZER >> 20} MB")
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{path}: not a readable tokenizer ({repr(str(error)[:300])[1:-1]})") from None
+        self.path = path
+        self.backend = self._call(tokenizers.Tokenizer.from_file, str(path))
         self.folder = Path(folder)
 
         config_path = member(folder, "tokenizer_config.json")
@@ -55,6 +53,14 @@ class Tokenizer:
         self._settle()
         # Padding is masked out everywhere, so any id will do where the tokenizer names none.
         self.pad_id = self.backend.token_to_id(pad or eos or bos or "") or 0
+
+    def _call(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except BaseException as error:  # tokenizers raises plain Exception, and its panics (in Rust) are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{self.path}: not a readable tokenizer ({repr(str(error)[:300])[1:-1]})") from None
 
     def _settle(self) -> None:
         self.backend.no_padding()
@@ -73,14 +79,13 @@ class Tokenizer:
         if max(self.backend.get_added_tokens_decoder(), default=0) >= vocab_size:
             raw = json.loads(self.backend.to_str())
             raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < vocab_size]
-            self.backend = tokenizers.Tokenizer.from_str(json.dumps(raw))
+            self.backend = self._call(tokenizers.Tokenizer.from_str, json.dumps(raw))
             self._settle()
         if self.pad_id >= vocab_size:
             self.pad_id = 0
-        largest = max([0, *self.backend.get_vocab().values(), *self.backend.encode("").ids])
+        largest = max([0, *self.backend.get_vocab().values(), *self._call(self.backend.encode, "").ids])
         if largest >= vocab_size:
-            path = self.folder / "tokenizer.json"
-            raise ValueError(f"{path}: has the token id {largest}, but config.json's vocab_size is {vocab_size}")
+            raise ValueError(f"{self.path}: has the token id {largest}, but config.json's vocab_size is {vocab_size}")
 
     def _token(self, config: dict, name: str, path: Path) -> str | None:
         """A token of tokenizer_config.json (a string, or a dict with its "content") if the vocabulary has it."""
@@ -94,7 +99,7 @@ class Tokenizer:
         """The id that replaces masked tokens; LLM2Vec takes the plain underscore."""
         id = self.backend.token_to_id(token)
         if id is None:
-            raise ValueError(f"{self.folder / 'tokenizer.json'}: the mask token {token!r} is not in the vocabulary")
+            raise ValueError(f"{self.path}: the mask token {token!r} is not in the vocabulary")
         return id
 
     def encode(
@@ -120,7 +125,7 @@ class Tokenizer:
         """
         instructions = [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
         heads = [prefix + (i.strip() + " " if i and i.strip() else "") for i in instructions]
-        encodings = self.backend.encode_batch([h + t + suffix for h, t in zip(heads, texts, strict=True)])
+        encodings = self._call(self.backend.encode_batch, [h + t + suffix for h, t in zip(heads, texts, strict=True)])
         encoded = []
         for head, text, encoding in zip(heads, texts, encodings, strict=True):
             ids = np.array(encoding.ids, dtype=np.int64)
