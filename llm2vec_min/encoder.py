@@ -5,7 +5,9 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +27,7 @@ from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_l
 
 MAX_TOKENS = (65536, 1024)  # per forward pass in `encode`: enough to fill a GPU, a CPU
 LLM2VEC_CONFIG = "llm2vec_config.json"
+_mode_lock = threading.Lock()  # of the module, because a model with a lock in it cannot be copied
 
 
 # The authors' llm2vec_config.json, which has the same fields, names two poolings otherwise.
@@ -38,6 +41,7 @@ SETTINGS = {  # of llm2vec_config.json: what each must be, and whether it is
     "template": ("two strings", lambda value: isinstance(value, list) and [type(part) for part in value] == [str, str]),
     "adapters": ("a list of folders", lambda value: isinstance(value, list) and all(type(name) is str for name in value)),
     "base_model_name_or_path": ("a model's name", lambda value: isinstance(value, str)),
+    "preset": ("a preset's name", lambda value: isinstance(value, str) and value in PRESETS),
 }
 
 
@@ -135,6 +139,7 @@ class LLM2Vec(nn.Module):
         self.base_model, self.adapters = base_model, list(adapters or [])
         self.lm_head: nn.Linear | None = None
         self.preset: str | None = None  # whose recipe a later stage takes, where the base model's name does not tell
+        self._encoding, self._was_training = 0, False  # threads in `encode`, and the mode to return to
 
     @classmethod
     def from_pretrained(
@@ -261,8 +266,26 @@ class LLM2Vec(nn.Module):
         if dim is not None and not 0 < dim <= width:
             raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
-        was_training = self.training
-        self.eval()
+        with self._without_dropout():
+            return self._encode(texts, instruction, batch_size, mode, normalize, show_progress)
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """The decoder in eval mode until the last thread that encodes is through, then as the first one found it."""
+        with _mode_lock:
+            if self._encoding == 0:
+                self._was_training = self.decoder.training
+                self.decoder.eval()
+            self._encoding += 1
+        try:
+            yield
+        finally:
+            with _mode_lock:
+                self._encoding -= 1
+                if self._encoding == 0:
+                    self.decoder.train(self._was_training)
+
+    def _encode(self, texts, instruction, batch_size, mode, normalize, show_progress) -> np.ndarray | list[np.ndarray]:
         encoded = self.tokenize(texts, instruction)
         lengths = [len(row.ids) for row in encoded]
         results: list = [None] * len(encoded)
@@ -279,7 +302,6 @@ class LLM2Vec(nn.Module):
                         vector = nn.functional.normalize(vector, dim=-1)
                     results[i] = vector.cpu().numpy()
                 bar.update(len(rows))
-        self.train(was_training)
         if mode is None:
             return results
         return np.stack(results) if results else np.zeros((0, dim or width), dtype=np.float32)

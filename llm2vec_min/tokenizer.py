@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -13,6 +15,7 @@ from torch import Tensor
 
 from .files import member, read_json, short
 
+AT_ONCE = 2**22  # characters tokenized at a time: `tokenizers` keeps a hundred bytes for every token
 MAX_TOKENIZER = 64 * 2**20  # bytes; twice the largest vocabulary's
 
 
@@ -125,9 +128,8 @@ class Tokenizer:
         """
         instructions = [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
         heads = [prefix + (i.strip() + " " if i and i.strip() else "") for i in instructions]
-        encodings = self._call(self.backend.encode_batch, [h + t + suffix for h, t in zip(heads, texts, strict=True)])
         encoded = []
-        for head, text, encoding in zip(heads, texts, encodings, strict=True):
+        for head, text, encoding in self._encodings(heads, texts, suffix, max_length):
             ids = np.array(encoding.ids, dtype=np.int64)
             starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
             inserted = np.array(encoding.special_tokens_mask, dtype=bool)
@@ -153,6 +155,27 @@ class Tokenizer:
                 ids, pooled = np.array([self.pad_id]), np.array([False])
             encoded.append(Encoded(ids, pooled))
         return encoded
+
+    def _encodings(self, heads: list[str], texts: list[str], suffix: str, max_length: int | None) -> Iterator[tuple]:
+        """Head, text and encoding of each text; of a very long one only the beginning, which is all that is kept of it."""
+        most = None if max_length is None else max_length * self._longest
+        group, size = [], 0
+        for number, (head, text) in enumerate(zip(heads, texts, strict=True), 1):
+            group.append((head, text[:most], text))
+            size += len(text[:most])
+            if size < AT_ONCE and number < len(texts):
+                continue
+            encodings = self._call(self.backend.encode_batch, [head + cut + suffix for head, cut, _ in group])
+            for (head, cut, text), encoding in zip(group, encodings, strict=True):
+                if len(cut) < len(text) and len(encoding.ids) < max_length + 32:  # a tokenizer that leaves characters out
+                    cut, encoding = text, self._call(self.backend.encode, head + text + suffix)
+                yield head, cut, encoding
+            group, size = [], 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.backend.get_vocab()), default=1)
 
     def collate(self, encoded: list[Encoded], device=None) -> Batch:
         """Rows of different lengths as one batch, padded on the left to the longest."""

@@ -437,6 +437,7 @@ for name, fields, words in [
     ("template a word", dict(template="ab"), "template is 'ab'"),
     ("template of three", dict(template=["a", "b", "c"]), "template is ['a', 'b', 'c']"),
     ("template of numbers", dict(template=[1, 2]), "template is [1, 2]"),
+    ("preset unknown", dict(preset=["tiny"]), "preset is ['tiny']"),
     ("adapters a word", dict(adapters="x", base_model_name_or_path="tiny"), "adapters is 'x'"),
     ("adapters of numbers", dict(adapters=[1], base_model_name_or_path="tiny"), "adapters is [1]"),
     ("adapters without base", dict(adapters=["."]), "no base_model_name_or_path"),

@@ -75,6 +75,22 @@ def test_cut_texts_begin_as_whole_ones(tokenizers, kind, text, limit):
     assert cut.ids[~cut.pooled].tolist() == whole.ids[~whole.pooled].tolist()
 
 
+@settings(max_examples=25)
+@given(piece=st.text(ALPHABET, min_size=1, max_size=12), begin=TEXT, limit=st.integers(8, 20))
+@pytest.mark.parametrize("kind", TOKENIZER_CONFIGS)
+def test_the_end_of_a_very_long_text_is_not_read(tokenizers, kind, piece, begin, limit, monkeypatch):
+    """And the tokens kept are those of the whole text."""
+    tokenizer, around = tokenizers[kind], dict(max_length=limit, prefix="[", suffix="]")
+    text = begin + piece * 400
+    (cut,) = tokenizer.encode([text], **around)
+    (_, read, _), = tokenizer._encodings(["["], [text], "]", limit)
+    vars(tokenizer)["_longest"], longest = 10**6, tokenizer._longest
+    (whole,) = tokenizer.encode([text], **around)
+    vars(tokenizer)["_longest"] = longest
+    assert cut.ids.tolist() == whole.ids.tolist() and cut.pooled.tolist() == whole.pooled.tolist()
+    assert len(read) < len(text) or len(text) <= limit * longest
+
+
 @settings(max_examples=40)
 @given(lines=st.lists(TEXT, min_size=1, max_size=20), size=st.integers(1, 12))
 def test_packing_loses_and_repeats_no_token(tokenizers, lines, size):
