@@ -139,8 +139,8 @@ def finish_output(work: Path, output: str | Path) -> None:
     output = Path(output)
     if work != output:
         replace_folder(work, output)
-    for name in (BEFORE, CHECKPOINT):  # the one that `is_finished` looks for last
-        (output / name).unlink(missing_ok=True)
+    for path in (*output.glob("*.part"), output / BEFORE, output / CHECKPOINT):  # last the one that `is_finished` looks for
+        path.unlink(missing_ok=True)
 
 
 def has_checkpoint(work: Path) -> bool:
@@ -159,9 +159,9 @@ def identify(paths: list[str]) -> dict[str, str]:
     return found
 
 
-def checksum(tensors: dict[str, Tensor]) -> str:
-    """SHA-256 of names and bytes. safetensors finds a file cut short, but not one that was written in part."""
-    digest = hashlib.sha256()
+def checksum(step: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of all that a checkpoint says. safetensors finds a file cut short, but not one that was written in part."""
+    digest = hashlib.sha256(step.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
         digest.update(tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy())
@@ -216,20 +216,21 @@ class Loop:
         self.history: list[dict] = []  # what metrics.jsonl holds, for notebooks
 
     def __iter__(self) -> Iterator[int]:
-        s = self.settings
         self.open()
         self.skipped = 0  # steps in a row
         self.stopping = self.stopped = False  # a signal came; all processes know
         self.saved = time.monotonic()
+        hidden = self.quiet or not self.is_main
+        self.bar = tqdm(total=self.settings.steps, initial=self.start, desc="training", disable=hidden, mininterval=1.0)
         handlers = self._catch_signals()
         try:
             yield from self._steps()
         finally:
             self._restore(handlers)
+            self.bar.close()
 
     def _steps(self) -> Iterator[int]:
         s = self.settings
-        self.bar = tqdm(total=s.steps, initial=self.start, desc="training", disable=self.quiet or not self.is_main, mininterval=1.0)
         self.model.train()
         if self.start == 0:
             self._evaluate(0)
@@ -249,7 +250,6 @@ class Loop:
                 self._save_checkpoint(done)
             if done < s.steps and self.stopped:
                 raise KeyboardInterrupt(f"stopped after step {done}, which is saved; the same command with --resume goes on")
-        self.bar.close()
         self.model.eval()
 
     def open(self) -> None:
@@ -371,7 +371,7 @@ class Loop:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         new, old, beside = (self.output / name for name in (CHECKPOINT, BEFORE, CHECKPOINT + ".part"))
         try:
-            save_file(tensors, beside, metadata={"step": str(step), "sha256": checksum(tensors), "torch": torch.__version__})
+            save_file(tensors, beside, metadata={"step": str(step), "sha256": checksum(str(step), tensors), "torch": torch.__version__})
             with open(self.output / METRICS, "ab") as file:
                 os.fsync(file.fileno())
             if new.exists():
@@ -409,7 +409,7 @@ class Loop:
             with safetensors.safe_open(path, framework="pt") as file:
                 about = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
-            if checksum(tensors) != about.get("sha256"):
+            if checksum(about.get("step", ""), tensors) != about.get("sha256"):
                 raise ValueError("its checksum is another")
         except Exception as error:  # SafetensorError is a plain Exception
             self._say(f"{path}: not whole ({error}); the one before is used")
