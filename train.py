@@ -151,7 +151,8 @@ def main(argv: list[str]) -> None:
         print(in_force(args, parser))
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     arguments |= identify(args.data + ([args.eval] if args.eval else []))
-    plan_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)  # the data's content, too
+    if args.resume:  # the data's content, too
+        plan_output(args.output, arguments, resume=True)
     try:
         (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
         barrier()

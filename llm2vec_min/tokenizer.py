@@ -158,7 +158,7 @@ class Tokenizer:
 
     def _encodings(self, heads: list[str], texts: list[str], suffix: str, max_length: int | None) -> Iterator[tuple]:
         """Head, text and encoding of each text; of a very long one only the beginning, which is all that is kept of it."""
-        most = None if max_length is None else max_length * self._longest
+        most = None if max_length is None else (max_length + 32) * self._longest  # at least as many tokens
         group, size = [], 0
         for number, (head, text) in enumerate(zip(heads, texts, strict=True), 1):
             group.append((head, text[:most], text))
