@@ -21,7 +21,7 @@ from llm2vec_min.cli import add_model_flags, run
 from llm2vec_min.data import iter_lines
 from llm2vec_min.device import barrier, rank, start_process, stop_process, world_size
 from llm2vec_min.encoder import LLM2Vec
-from llm2vec_min.files import read_json, write_json
+from llm2vec_min.files import put, read_json, write_json
 from llm2vec_min.pooling import POOLING_MODES
 
 CHUNK = 64  # batches tokenized, sorted by length and written at a time: memory does not grow with the file
@@ -76,9 +76,13 @@ def start_part(args: argparse.Namespace, made_from: dict) -> None:
         return
     try:
         np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=tuple(made_from["shape"])).flush()
+        if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash in the middle
+            with open(part, "rb+") as file:
+                os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
         np.zeros(-(-made_from["shape"][0] // made_from["chunk"]), dtype=np.uint8).tofile(done_file)
         write_json(header, made_from)  # last: with it the other two are whole
     except OSError as error:
+        part.unlink(missing_ok=True)
         raise ValueError(f"--output {args.output}: cannot be written ({error})") from None
 
 
@@ -138,7 +142,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
             bar.update(len(texts))
     barrier()
     if rank() == 0:
-        os.replace(part, output)
+        put(part, output)
         for name in (done_file, header):
             name.unlink()
         print(f"{output}: {count} vectors of {vectors.shape[1]} numbers, float32")
@@ -159,7 +163,7 @@ def main(argv: list[str]) -> None:
     if args.input and Path(args.input).exists() and not Path(args.input).is_file():
         raise ValueError(f"--input {args.input}: a pipe, a device or a folder; it is read twice, so it must be a file")
     device = start_process(args.device)
-    count = sum(1 for _ in iter_lines(args.input, keep_empty=True)) if args.input else 0
+    count = sum(1 for _ in iter_lines(args.input, keep_empty=True, report=True)) if args.input else 0
     if args.input and count == 0:
         raise ValueError(f"{args.input}: no text in it")
     l2v = LLM2Vec.from_pretrained(

@@ -28,7 +28,9 @@ from llm2vec_min.model import LanguageModel, init_weights
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import distributed, memory
 from llm2vec_min.training.flags import build_parser, check, default_data, in_force
-from llm2vec_min.training.loop import CHECKPOINT, Settings, finish_output, is_finished, plan_output
+from llm2vec_min.training.loop import (
+    Settings, finish_output, has_checkpoint, identify, is_finished, plan_output,
+)  # fmt: skip
 from llm2vec_min.training.mntp import train_mntp
 from llm2vec_min.training.pretrain import pretrain, train_tokenizer
 from llm2vec_min.training.simcse import train_simcse
@@ -40,7 +42,7 @@ from llm2vec_min.weights import save_checkpoint
 def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
     """Tokenizer and decoder from scratch; the result is a plain Hugging Face checkpoint in bfloat16."""
     train_lines, held_lines = read_split(args.data, every=1000)
-    resume = args.resume and (work / CHECKPOINT).is_file()
+    resume = args.resume and has_checkpoint(work)
     spare = TemporaryDirectory()  # for the tokenizer, until every check has passed and the run gets its folder
     if not resume:
         train_tokenizer(train_lines, args.vocab_size, Path(spare.name))
@@ -148,6 +150,9 @@ def main(argv: list[str]) -> None:
     if rank() == 0:
         print(in_force(args, parser))
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
+    arguments |= identify(args.data + ([args.eval] if args.eval else []))
+    if args.resume:  # the data's content, too
+        plan_output(args.output, arguments, resume=True)
     try:
         (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
         barrier()

@@ -8,6 +8,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from safetensors import SafetensorError
+
 from .config import PRESETS
 from .device import DTYPES
 
@@ -35,9 +37,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8 stops nothing
     try:
         main(sys.argv[1:])
-    except ValueError as error:
+    except (ValueError, OSError, SafetensorError) as error:  # a full disk is not our mistake either
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
-    except KeyboardInterrupt:
-        print("stopped; a training run with --save-every continues by the same command with --resume", file=sys.stderr)
+    except KeyboardInterrupt as error:
+        print(str(error) or "stopped; the same command continues (train.py: with --resume)", file=sys.stderr)
         sys.exit(130)

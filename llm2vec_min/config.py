@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 
-from .files import read_json
+from .files import member, read_json, short
 
 # What transformers assumes when config.json leaves a field out (its LlamaConfig, MistralConfig and Qwen2Config).
 FAMILY_DEFAULTS = {
@@ -14,7 +14,18 @@ FAMILY_DEFAULTS = {
     "qwen2": dict(num_key_value_heads=32, attention_bias=True),
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
-ROPE_TYPES = ("default", "linear", "llama3")
+ROPE_TYPES = {  # and the numbers that each needs
+    "default": (),
+    "linear": ("factor",),
+    "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
+}
+# Beyond the largest decoders there are: a file that says more is broken, or meant to fill the memory.
+MOST = dict(vocab_size=2**22, hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=256, num_attention_heads=1024,
+            num_key_value_heads=1024, head_dim=1024)  # fmt: skip
+
+
+def is_positive(value) -> bool:
+    return type(value) in (int, float) and 0 < value < 1e30
 
 
 @dataclass
@@ -40,6 +51,23 @@ class ModelConfig:
     is_causal: bool = True  # False in a merged export: the checkpoint was trained to look both ways
 
     def __post_init__(self):
+        for name, kind in ((f.name, f.type) for f in fields(self)):
+            value, most = getattr(self, name), MOST.get(name, 2**31)
+            if kind == "int" or (kind == "int | None" and value is not None):
+                if type(value) is not int or not 1 <= value <= most:
+                    raise ValueError(f"{name} is {short(value)}, expected a whole number from 1 to {most}")
+            elif kind == "float" and not is_positive(value):
+                raise ValueError(f"{name} is {short(value)}, expected a number above 0")
+            elif kind == "bool" and type(value) is not bool:
+                raise ValueError(f"{name} is {short(value)}, expected true or false")
+        if self.head_dim % 2:
+            raise ValueError(f"head_dim is {self.head_dim}, expected an even number: rotary embeddings turn pairs")
+        rope = self.rope_scaling
+        for name in ROPE_TYPES[rope["rope_type"]]:
+            if not is_positive(rope.get(name)):
+                raise ValueError(f"rope_scaling: {name} is {short(rope.get(name))}, expected a number above 0")
+        if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
+            raise ValueError("rope_scaling: low_freq_factor is not below high_freq_factor")
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -54,40 +82,46 @@ class ModelConfig:
             ValueError: an unsupported `model_type`, `hidden_act` or rope type, or a missing size.
         """
         model_type = raw.get("model_type")
-        if model_type not in FAMILY_DEFAULTS:
-            raise ValueError(f"{source}: model_type is {model_type!r}, supported are {', '.join(FAMILY_DEFAULTS)}")
+        if not isinstance(model_type, str) or model_type not in FAMILY_DEFAULTS:
+            raise ValueError(f"{source}: model_type is {short(model_type)}, supported are {', '.join(FAMILY_DEFAULTS)}")
         if raw.get("hidden_act", "silu") != "silu":
-            raise ValueError(f"{source}: hidden_act is {raw['hidden_act']!r}, only 'silu' (SwiGLU) is supported")
+            raise ValueError(f"{source}: hidden_act is {short(raw['hidden_act'])}, only 'silu' (SwiGLU) is supported")
         missing = [name for name in REQUIRED if not isinstance(raw.get(name), int)]
         if missing:
             raise ValueError(f"{source}: no whole number for {', '.join(missing)}")
 
-        known = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and raw[name] is not None}
-        fields = FAMILY_DEFAULTS[model_type] | known
+        given = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and raw[name] is not None}
+        known = FAMILY_DEFAULTS[model_type] | given
         if "sliding_window" in raw:  # null switches it off
-            fields["sliding_window"] = raw["sliding_window"]
+            known["sliding_window"] = raw["sliding_window"]
         if model_type == "qwen2":  # Qwen2 has a second switch, off by default, and always its q, k, v biases
-            fields["attention_bias"] = True
+            known["attention_bias"] = True
             if not raw.get("use_sliding_window", False):
-                fields["sliding_window"] = None
-            elif raw.get("max_window_layers", 28) > 0:
+                known["sliding_window"] = None
+            elif raw.get("max_window_layers", 28) != 0:
                 raise ValueError(f"{source}: a sliding window on some of the layers only is not supported")
-        fields.setdefault("num_key_value_heads", raw["num_attention_heads"])
-        fields.setdefault("head_dim", raw["hidden_size"] // raw["num_attention_heads"])
+        known.setdefault("num_key_value_heads", raw["num_attention_heads"])
+        known.setdefault("head_dim", raw["hidden_size"] // max(1, raw["num_attention_heads"]))
 
         # transformers 5 keeps everything about rotary embeddings in one dict, transformers 4 in two fields.
-        rope = dict(raw.get("rope_parameters") or raw.get("rope_scaling") or {})
-        fields["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
+        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
+        if not isinstance(rope, dict):
+            raise ValueError(f"{source}: rope_scaling is {short(rope)}, expected an object")
+        rope = dict(rope)
+        known["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
         rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
-        if rope["rope_type"] not in ROPE_TYPES:
-            raise ValueError(f"{source}: rope type is {rope['rope_type']!r}, supported are {', '.join(ROPE_TYPES)}")
-        fields["rope_scaling"] = rope
-        return cls(**fields)
+        if rope["rope_type"] not in tuple(ROPE_TYPES):  # a tuple, because a list has no hash
+            raise ValueError(f"{source}: rope type is {short(rope['rope_type'])}, supported are {', '.join(ROPE_TYPES)}")
+        known["rope_scaling"] = rope
+        try:
+            return cls(**known)
+        except ValueError as error:
+            raise ValueError(f"{source}: {error}") from None
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> ModelConfig:
         """Reads `folder/config.json`."""
-        path = Path(folder) / "config.json"
+        path = member(folder, "config.json")
         if not path.is_file():
             raise ValueError(f"{path}: not found; a model folder holds a Hugging Face config.json")
         return cls.from_dict(read_json(path), str(path))

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import codecs
 import gzip
 import json
 import lzma
 import math
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 
+from .device import rank
 from .tokenizer import Tokenizer
 
+MAX_LINE = 16 * 2**20  # bytes
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -35,7 +39,43 @@ def iter_parquet(path: Path) -> Iterator[str]:
         raise ValueError(f"{path}: not a readable parquet file ({error})") from None
 
 
-def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
+def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int, str]]:
+    """(number from 1, line) of a text file, plain or compressed (.gz, .xz), stripped; never more than one in memory.
+
+    A line longer than MAX_LINE is cut there, and bytes that are no UTF-8 are read as \ufffd: a few of them do not end a run.
+
+    Args:
+        report: print in one line at the end how many lines were empty, cut or damaged.
+    Raises:
+        ValueError: it cannot be read, or more than one line in a hundred is no UTF-8; names the file.
+    """
+    number = empty = cut = damaged = 0
+    try:
+        with OPENERS.get(Path(path).suffix.lower(), open)(path, "rb") as file:
+            while line := file.readline(MAX_LINE):  # in bytes, where only "\n" ends a line, as other tools count
+                number += 1
+                if is_cut := len(line) == MAX_LINE and not line.endswith(b"\n"):
+                    while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
+                        pass
+                if number == 1:
+                    line = line.removeprefix(codecs.BOM_UTF8)
+                try:
+                    text = line.decode(errors="ignore" if is_cut else "strict")
+                except UnicodeDecodeError:
+                    text, damaged = line.decode(errors="replace"), damaged + 1
+                text = text.strip()
+                cut, empty = cut + is_cut, empty + (not text)
+                yield number, text
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise ValueError(f"{path}: not a readable text file ({error})") from None
+    if damaged * 100 > number:
+        raise ValueError(f"{path}: not a readable text file ({damaged} of {number} lines are no UTF-8)")
+    kinds = {"empty": empty, f"cut after {MAX_LINE >> 20} MB": cut, "with bytes that are no UTF-8": damaged}
+    if report and any(kinds.values()) and rank() == 0:
+        print(f"{path}: {number} lines, {', '.join(f'{count} {what}' for what, count in kinds.items() if count)}")
+
+
+def iter_lines(path: str | Path, keep_empty: bool = False, report: bool = False) -> Iterator[str]:
     """The lines of a .txt or .jsonl file (field "text"), plain or compressed (.gz, .xz), or of a .parquet file's column
     "text", stripped, empty ones left out.
 
@@ -47,24 +87,11 @@ def iter_lines(path: str | Path, keep_empty: bool = False) -> Iterator[str]:
     if suffixes[-1:] == [".parquet"]:
         yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
         return
-    as_json = ".jsonl" in suffixes
-    for number, line in numbered_lines(path):
-        if as_json and line:
+    for number, line in numbered_lines(path, report):
+        if ".jsonl" in suffixes and line:
             line = _text_of(line, f"{path}:{number}").strip()
         if keep_empty or line:
             yield line
-
-
-def numbered_lines(path: str | Path) -> Iterator[tuple[int, str]]:
-    """(number from 1, line) of a text file, plain or compressed (.gz, .xz), stripped; ValueError if it is not one."""
-    opener = OPENERS.get(Path(path).suffix.lower(), open)
-    try:
-        # a byte order mark is no text, and only "\n" ends a line: row i of the vectors is line i as other tools count
-        with opener(path, "rt", encoding="utf-8-sig", newline="\n") as file:
-            for number, line in enumerate(file, 1):
-                yield number, line.strip()
-    except (OSError, EOFError, lzma.LZMAError, UnicodeDecodeError) as error:
-        raise ValueError(f"{path}: not a readable text file ({error})") from None
 
 
 def _text_of(line: str, where: str) -> str:
@@ -73,7 +100,7 @@ def _text_of(line: str, where: str) -> str:
         record = json.loads(line)
         text = record if isinstance(record, str) else record["text"]
         text.encode()  # half of a surrogate pair, as a cut string leaves it, is no text
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError):
+    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
         raise ValueError(f'{where}: expected a JSON string or an object with a string "text", found {line.strip()[:60]!r}') from None
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: the text holds half of a surrogate pair at character {error.start}") from None
@@ -86,7 +113,7 @@ def read_lines(paths: list[str | Path]) -> list[str]:
     Raises:
         ValueError: a file is missing or the files hold no text.
     """
-    lines = [line for path in paths for line in iter_lines(path)]
+    lines = [line for path in paths for line in iter_lines(path, report=True)]
     if not lines:
         raise ValueError(f"{', '.join(map(str, paths))}: no text in it")
     return lines

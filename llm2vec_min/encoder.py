@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
+import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
@@ -16,7 +17,7 @@ from tqdm import tqdm
 
 from .config import PRESETS
 from .device import pick_device, pick_dtype
-from .files import new_folder, read_json, write_json
+from .files import member, new_folder, put, read_json, short, write_json
 from .hub import find_preset, resolve
 from .lora import merge_lora
 from .model import Decoder
@@ -26,31 +27,59 @@ from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_l
 
 MAX_TOKENS = (65536, 1024)  # per forward pass in `encode`: enough to fill a GPU, a CPU
 LLM2VEC_CONFIG = "llm2vec_config.json"
+_mode_lock = threading.Lock()  # of the module, because a model with a lock in it cannot be copied
 
 
 # The authors' llm2vec_config.json, which has the same fields, names two poolings otherwise.
 POOLING_ALIASES = {"eos_token": "last", "last_token": "last", "bos_token": "first"}
 
 
+SETTINGS = {  # of llm2vec_config.json: what each must be, and whether it is
+    "pooling_mode": (f"one of {', '.join(POOLING_MODES)}", lambda value: value in POOLING_MODES),
+    "max_length": ("a whole number from 1 on", lambda value: type(value) is int and 1 <= value < 2**31),
+    "causal": ("true or false", lambda value: type(value) is bool),
+    "template": ("two strings", lambda value: isinstance(value, list) and [type(part) for part in value] == [str, str]),
+    "adapters": ("a list of folders", lambda value: isinstance(value, list) and all(type(name) is str for name in value)),
+    "base_model_name_or_path": ("a model's name", lambda value: isinstance(value, str)),
+    "preset": ("a preset's name", lambda value: isinstance(value, str) and value in PRESETS),
+}
+
+
 def read_settings(folder: Path) -> dict:
-    """A folder's llm2vec_config.json, the authors' or this project's; empty if there is none."""
-    path = folder / LLM2VEC_CONFIG
-    settings = read_json(path) if path.is_file() else {}
-    if "pooling_mode" in settings:
+    """A folder's llm2vec_config.json, the authors' or this project's; empty if there is none.
+
+    Raises:
+        ValueError: a field that is not what it should be.
+    """
+    path = member(folder, LLM2VEC_CONFIG)
+    settings = {name: value for name, value in (read_json(path) if path.is_file() else {}).items() if value is not None}
+    if isinstance(settings.get("pooling_mode"), str):
         settings["pooling_mode"] = POOLING_ALIASES.get(settings["pooling_mode"], settings["pooling_mode"])
+    for name, (expected, holds) in SETTINGS.items():
+        if name in settings and not holds(settings[name]):
+            raise ValueError(f"{path}: {name} is {short(settings[name])}, expected {expected}")
+    if "adapters" in settings and "base_model_name_or_path" not in settings:
+        raise ValueError(f"{path}: names adapters, but no base_model_name_or_path")
     return settings
 
 
-def find_chain(name: str | Path) -> tuple[str, list[Path], dict]:
+def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list[Path], dict]:
     """What a name stands for: (base model, adapters to apply in order, settings of llm2vec_config.json).
 
     A run of this project lists its adapters, the earlier stages' first. A bare PEFT folder, as the authors publish
     them, names its base, which may again be such a folder. Their second adapters do not say that they stand on the first:
     for these the preset does. Anything else is a base by itself.
+
+    Args:
+        above: the adapters' names that led here.
+    Raises:
+        ValueError: a broken settings file, an adapter without a base, or adapters that name each other.
     """
+    if str(name) in above:
+        raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
     preset = find_preset(name)
     if preset is not None and preset.adapters:
-        base, chain, settings = find_chain(preset.model)
+        base, chain, settings = find_chain(preset.model, (*above, str(name)))
         folders = [resolve(adapter) for adapter in preset.adapters]
         return base, chain + folders, settings | read_settings(folders[-1])
     folder = resolve(name)
@@ -58,14 +87,17 @@ def find_chain(name: str | Path) -> tuple[str, list[Path], dict]:
     if preset is not None:
         settings = {"template": list(preset.template)} | settings
     if "adapters" in settings:
-        return settings["base_model_name_or_path"], [folder / adapter for adapter in settings["adapters"]], settings
+        return settings["base_model_name_or_path"], [member(folder, name) for name in settings["adapters"]], settings
     if (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(folder / ADAPTER_CONFIG).get("base_model_name_or_path")
+        base = read_json(member(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
         if (folder / "config.json").is_file():
-            base = read_json(folder / "config.json").get("_name_or_path") or base
-        if not base or base == str(name):
-            raise ValueError(f"{folder}: an adapter that names no base model")
-        base, chain, before = find_chain(base)
+            base = read_json(member(folder, "config.json")).get("_name_or_path") or base
+        if not base or base == str(name) or not isinstance(base, str):
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {short(base)}, expected another model's name")
+        try:
+            base, chain, before = find_chain(base, (*above, str(name)))
+        except ValueError as error:
+            raise ValueError(f"{folder / ADAPTER_CONFIG}: its base model: {error}") from None
         return base, [*chain, folder], before | settings
     known = str(name) in PRESETS or not Path(name).is_dir()
     return str(name) if known else str(folder.resolve()), [], settings
@@ -102,12 +134,12 @@ class LLM2Vec(nn.Module):
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 token")
         self.decoder, self.tokenizer = decoder, tokenizer
-        if tokenizer.pad_id >= decoder.config.vocab_size:  # a padding token that was added without an embedding
-            tokenizer.pad_id = 0
+        tokenizer.fit(decoder.config.vocab_size)
         self.causal, self.pooling, self.max_length, self.template = causal, pooling, max_length, tuple(template)
         self.base_model, self.adapters = base_model, list(adapters or [])
         self.lm_head: nn.Linear | None = None
         self.preset: str | None = None  # whose recipe a later stage takes, where the base model's name does not tell
+        self._encoding, self._was_training = 0, False  # threads in `encode`, and the mode to return to
 
     @classmethod
     def from_pretrained(
@@ -234,8 +266,26 @@ class LLM2Vec(nn.Module):
         if dim is not None and not 0 < dim <= width:
             raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
-        was_training = self.training
-        self.eval()
+        with self._without_dropout():
+            return self._encode(texts, instruction, batch_size, mode, normalize, show_progress)
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """The decoder in eval mode until the last thread that encodes is through, then as the first one found it."""
+        with _mode_lock:
+            if self._encoding == 0:
+                self._was_training = self.decoder.training
+                self.decoder.eval()
+            self._encoding += 1
+        try:
+            yield
+        finally:
+            with _mode_lock:
+                self._encoding -= 1
+                if self._encoding == 0:
+                    self.decoder.train(self._was_training)
+
+    def _encode(self, texts, instruction, batch_size, mode, normalize, show_progress) -> np.ndarray | list[np.ndarray]:
         encoded = self.tokenize(texts, instruction)
         lengths = [len(row.ids) for row in encoded]
         results: list = [None] * len(encoded)
@@ -252,7 +302,6 @@ class LLM2Vec(nn.Module):
                         vector = nn.functional.normalize(vector, dim=-1)
                     results[i] = vector.cpu().numpy()
                 bar.update(len(rows))
-        self.train(was_training)
         if mode is None:
             return results
         return np.stack(results) if results else np.zeros((0, dim or width), dtype=np.float32)
@@ -331,7 +380,7 @@ class LLM2Vec(nn.Module):
                 if not (adapter / file).is_file():  # an adapter of others comes without its arguments
                     continue
                 shutil.copyfile(adapter / file, target / (file + ".part"))
-                os.replace(target / (file + ".part"), target / file)
+                put(target / (file + ".part"), target / file)
             names.append(f"adapters/{number}")
         save_adapter(self.decoder, output, self.base_model)
         self.tokenizer.save(output)

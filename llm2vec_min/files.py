@@ -1,31 +1,87 @@
-"""Files written whole or not at all: each beside its place first, then renamed."""
+"""Files written whole or not at all: each beside its place first, then renamed. Files of strangers read with care."""
 
 from __future__ import annotations
 
 import json
 import os
+import reprlib
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+MAX_JSON = 8 * 2**20  # bytes; ten times the largest index of a decoder's shards
+_repr = reprlib.Repr()
+_repr.maxstring = _repr.maxlong = _repr.maxother = 80
+short = _repr.repr  # a value in an error message: one short line, whatever a stranger's file holds
+
+
+def member(folder: str | Path, name: str) -> Path:
+    """The path of a file in a folder that may come from a stranger.
+
+    Raises:
+        ValueError: the name, or a link of that name, leads out of the folder. (In the hub's cache every file is a link
+            into the `blobs` beside `snapshots`.)
+    """
+    path = Path(folder) / name
+    try:
+        home, end = Path(folder).resolve(), path.resolve()
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+        raise ValueError(f"{folder}: {short(name)} is no file's name ({error})") from None
+    homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
+    if not any(end.is_relative_to(place) for place in homes):
+        raise ValueError(f"{folder}: {short(name)} leads out of its folder, to {end}; if that is meant, put a copy there")
+    return path
+
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object from a file; ValueError that names the file when it holds anything else."""
+    """A JSON object from a file.
+
+    Raises:
+        ValueError: it holds anything else, more than 8 MB, a key twice in one object, or NaN; names the file.
+    """
+
+    def once(pairs: list[tuple]) -> dict:
+        value: dict = {}
+        for key, item in pairs:
+            if key in value:
+                raise ValueError(f"the key {short(key)} stands twice in one object")
+            value[key] = item
+        return value
+
+    def no_number(name: str):
+        raise ValueError(f"{name} is no number")
+
     try:
-        value = json.loads(Path(path).read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        with open(path, "rb") as file:
+            data = file.read(MAX_JSON + 1)
+        if len(data) > MAX_JSON:
+            raise ValueError(f"larger than {MAX_JSON >> 20} MB")
+        value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=no_number)
+    except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(value, dict):
         raise ValueError(f"{path}: holds a {type(value).__name__}, expected a JSON object")
     return value
 
 
+def put(beside: str | Path, path: str | Path) -> None:
+    """Renames a file that was written beside its place, both on the disk before the next line runs: after a power cut
+    there is the old file or the new one."""
+    with open(beside, "rb+") as file:
+        os.fsync(file.fileno())
+    os.replace(beside, path)
+    if hasattr(os, "O_DIRECTORY"):  # elsewhere a folder cannot be opened
+        folder = os.open(Path(path).parent, os.O_DIRECTORY)
+        os.fsync(folder)
+        os.close(folder)
+
+
 def write_json(path: str | Path, value: dict) -> None:
     """Writes atomically: a killed run leaves the old file or the new one, never half of one."""
     beside = Path(f"{path}.part")
     beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
-    os.replace(beside, path)
+    put(beside, path)
 
 
 def replace_folder(new: Path, output: Path) -> None:

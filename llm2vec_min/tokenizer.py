@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterator
+from functools import cached_property
 from pathlib import Path
 from typing import NamedTuple
 
@@ -10,7 +13,10 @@ import tokenizers
 import torch
 from torch import Tensor
 
-from .files import read_json
+from .files import member, read_json, short
+
+AT_ONCE = 2**22  # characters tokenized at a time: `tokenizers` keeps a hundred bytes for every token
+MAX_TOKENIZER = 64 * 2**20  # bytes; twice the largest vocabulary's
 
 
 class Encoded(NamedTuple):
@@ -35,34 +41,68 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        path = Path(folder) / "tokenizer.json"
+        path = member(folder, "tokenizer.json")
         if not path.is_file():
             raise ValueError(f"{path}: not found; a fast tokenizer is needed (transformers writes one on saving)")
-        try:
-            self.backend = tokenizers.Tokenizer.from_file(str(path))
-        except Exception as error:  # tokenizers raises plain Exception
-            raise ValueError(f"{path}: not a readable tokenizer ({error})") from None
+        if path.stat().st_size > MAX_TOKENIZER:
+            raise ValueError(f"{path}: is larger than {MAX_TOKENIZER >> 20} MB")
+        self.path = path
+        self.backend = self._call(tokenizers.Tokenizer.from_file, str(path))
         self.folder = Path(folder)
-        self.backend.no_padding()
-        self.backend.no_truncation()
 
-        config_path = self.folder / "tokenizer_config.json"
+        config_path = member(folder, "tokenizer_config.json")
         config = read_json(config_path) if config_path.is_file() else {}
-        bos, eos, pad = (self._token(config.get(f"{name}_token")) for name in ("bos", "eos", "pad"))
-        self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+        bos, eos, pad = (self._token(config, f"{name}_token", config_path) for name in ("bos", "eos", "pad"))
+        self._settle()
         # Padding is masked out everywhere, so any id will do where the tokenizer names none.
         self.pad_id = self.backend.token_to_id(pad or eos or bos or "") or 0
 
-    def _token(self, entry) -> str | None:
+    def _call(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except BaseException as error:  # tokenizers raises plain Exception, and its panics (in Rust) are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{self.path}: not a readable tokenizer ({repr(str(error)[:300])[1:-1]})") from None
+
+    def _settle(self) -> None:
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def fit(self, vocab_size: int) -> None:
+        """Forgets the added tokens that a model has no embedding for (most often a padding token), so that a text in which
+        one stands is read as any other.
+
+        Args:
+            vocab_size: ids that have an embedding.
+        Raises:
+            ValueError: the vocabulary itself is larger, or the special tokens around every text have no embedding.
+        """
+        if max(self.backend.get_added_tokens_decoder(), default=0) >= vocab_size:
+            raw = json.loads(self.backend.to_str())
+            raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < vocab_size]
+            self.backend = self._call(tokenizers.Tokenizer.from_str, json.dumps(raw))
+            self._settle()
+        if self.pad_id >= vocab_size:
+            self.pad_id = 0
+        largest = max([0, *self.backend.get_vocab().values(), *self._call(self.backend.encode, "").ids])
+        if largest >= vocab_size:
+            raise ValueError(f"{self.path}: has the token id {largest}, but config.json's vocab_size is {vocab_size}")
+
+    def _token(self, config: dict, name: str, path: Path) -> str | None:
         """A token of tokenizer_config.json (a string, or a dict with its "content") if the vocabulary has it."""
+        entry = config.get(name)
         content = entry.get("content") if isinstance(entry, dict) else entry
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{path}: {name} is {short(entry)}, expected a token")
         return content if content and self.backend.token_to_id(content) is not None else None
 
     def mask_id(self, token: str = "_") -> int:
         """The id that replaces masked tokens; LLM2Vec takes the plain underscore."""
         id = self.backend.token_to_id(token)
         if id is None:
-            raise ValueError(f"{self.folder / 'tokenizer.json'}: the mask token {token!r} is not in the vocabulary")
+            raise ValueError(f"{self.path}: the mask token {token!r} is not in the vocabulary")
         return id
 
     def encode(
@@ -88,9 +128,8 @@ class Tokenizer:
         """
         instructions = [instruction] * len(texts) if instruction is None or isinstance(instruction, str) else instruction
         heads = [prefix + (i.strip() + " " if i and i.strip() else "") for i in instructions]
-        encodings = self.backend.encode_batch([h + t + suffix for h, t in zip(heads, texts, strict=True)])
         encoded = []
-        for head, text, encoding in zip(heads, texts, encodings, strict=True):
+        for head, text, encoding in self._encodings(heads, texts, suffix, max_length):
             ids = np.array(encoding.ids, dtype=np.int64)
             starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
             inserted = np.array(encoding.special_tokens_mask, dtype=bool)
@@ -116,6 +155,27 @@ class Tokenizer:
                 ids, pooled = np.array([self.pad_id]), np.array([False])
             encoded.append(Encoded(ids, pooled))
         return encoded
+
+    def _encodings(self, heads: list[str], texts: list[str], suffix: str, max_length: int | None) -> Iterator[tuple]:
+        """Head, text and encoding of each text; of a very long one only the beginning, which is all that is kept of it."""
+        most = None if max_length is None else (max_length + 32) * self._longest  # at least as many tokens
+        group, size = [], 0
+        for number, (head, text) in enumerate(zip(heads, texts, strict=True), 1):
+            group.append((head, text[:most], text))
+            size += len(text[:most])
+            if size < AT_ONCE and number < len(texts):
+                continue
+            encodings = self._call(self.backend.encode_batch, [head + cut + suffix for head, cut, _ in group])
+            for (head, cut, text), encoding in zip(group, encodings, strict=True):
+                if len(cut) < len(text) and len(encoding.ids) < max_length + 32:  # a tokenizer that leaves characters out
+                    cut, encoding = text, self._call(self.backend.encode, head + text + suffix)
+                yield head, cut, encoding
+            group, size = [], 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.backend.get_vocab()), default=1)
 
     def collate(self, encoded: list[Encoded], device=None) -> Batch:
         """Rows of different lengths as one batch, padded on the left to the longest."""

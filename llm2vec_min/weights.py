@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import re
+import shutil
+import tempfile
+import zipfile
 from pathlib import Path
 
 import safetensors
@@ -11,22 +15,24 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from .config import ModelConfig
-from .files import read_json, write_json
+from .config import ModelConfig, is_positive
+from .files import member, put, read_json, short, write_json
 from .lora import LoRALinear, add_lora
 from .model import Decoder, LanguageModel
 
 SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
+MAX_HEADER = 8 * 2**20  # bytes of a safetensors header; 80,000 tensors
+FLOATS = ("F64", "F32", "F16", "BF16")  # whole numbers and 8 bits are quantized weights, which mean something else
 
 
 def _problems(missing, unexpected, wrong, most: int = 5) -> str:
     """All that does not fit, in one sentence; empty when everything does."""
     found = []
-    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape", wrong)):
+    for what, names in (("missing", missing), ("unexpected", unexpected), ("of another shape or dtype", wrong)):
         if names := sorted(names):
             more = f" and {len(names) - most} more" if len(names) > most else ""
-            found.append(f"{what}: {', '.join(names[:most])}{more}")
+            found.append(f"{what}: {', '.join(repr(name[:160])[1:-1] for name in names[:most])}{more}")
     return "; ".join(found)
 
 
@@ -34,55 +40,104 @@ def _open(path: Path, device="cpu"):
     if not path.is_file():
         raise ValueError(f"{path}: not found")
     try:
+        with open(path, "rb") as file:  # safetensors checks every offset and shape, but a header of up to 100 MB
+            size = int.from_bytes(file.read(8), "little")
+        if size > MAX_HEADER:
+            raise ValueError(f"a header of {size} bytes, expected at most {MAX_HEADER}")
         return safetensors.safe_open(path, framework="pt", device=str(device))
     except Exception as error:  # SafetensorError is a plain Exception
-        raise ValueError(f"{path}: not a readable safetensors file, perhaps cut short ({error})") from None
+        reason = repr(str(error)[:300])[1:-1]  # it quotes names of any kind
+        raise ValueError(f"{path}: not a readable safetensors file, perhaps cut short ({reason})") from None
+
+
+def _misfit(file, key: str, shape: tuple[int, ...]) -> str:
+    """What is wrong with a tensor, from the file's header alone; empty if nothing is."""
+    found, dtype = tuple(file.get_slice(key).get_shape()), file.get_slice(key).get_dtype()
+    if found != shape:
+        return f"{key} is {found}, expected {shape}"
+    return "" if dtype in FLOATS else f"{key} holds {dtype}, expected one of {', '.join(FLOATS)}"
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
     """The safetensors files of a checkpoint folder, converted from `pytorch_model*.bin` first if there is nothing else.
 
     Raises:
-        ValueError: no weights in the folder, or an index that names a file outside it.
+        ValueError: no weights in the folder, or an index or a link that names a file outside it.
     """
     folder = Path(folder)
     if not any((folder / name).is_file() for name in (SINGLE, INDEX)) and list(folder.glob("pytorch_model*.bin")):
         folder = convert_bin(folder)
     if (folder / SINGLE).is_file():
-        return [folder / SINGLE]
+        return [member(folder, SINGLE)]
     if (folder / INDEX).is_file():
-        names = sorted(set(read_json(folder / INDEX).get("weight_map", {}).values()))
-        if not names or any(Path(name).name != name for name in names):
-            raise ValueError(f"{folder / INDEX}: weight_map must name files of its own folder, found {names}")
-        return [folder / name for name in names]
+        index = member(folder, INDEX)
+        weight_map = read_json(index).get("weight_map")
+        names = list(weight_map.values()) if isinstance(weight_map, dict) else []
+        if not names or not all(isinstance(name, str) and re.fullmatch(r"[\w.-]+\.safetensors", name) for name in names):
+            raise ValueError(f"{index}: weight_map must name files of its own folder, found {short(weight_map)}")
+        return [member(folder, name) for name in sorted(set(names))]
     raise ValueError(f"{folder}: no weights found, expected {SINGLE}, {INDEX} or pytorch_model*.bin")
+
+
+def read_bin(path: Path) -> dict[str, Tensor]:
+    """The tensors of a `pytorch_model*.bin`, memory-mapped. Pickles are opened only here.
+
+    Raises:
+        ValueError: it holds anything else, or says more than it holds; or a torch whose `weights_only=True` runs code.
+    """
+    if torch.__version__ < (2, 6):  # CVE-2025-32434
+        raise ValueError(f"{path}: torch {torch.__version__} can be made to run code by such a file; update to 2.6 or later")
+    try:
+        most = path.stat().st_size
+        with zipfile.ZipFile(path) as archive:  # torch would unpack what is compressed, whatever its size
+            if sum(item.file_size for item in archive.infolist()) > most:
+                raise ValueError("its parts are larger than the file")
+        state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
+        if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
+            raise ValueError(f"holds a {type(state).__name__} of length {len(state)}, expected named tensors")
+        total = 0
+        for key, tensor in state.items():
+            if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
+                raise ValueError(f"{short(key)} is no plain tensor")
+            total += tensor.nbytes
+        if total > 4 * most:  # tied weights are there once and named twice
+            raise ValueError(f"its tensors say {total} bytes")
+    except Exception as error:
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ValueError(f"{path}: not a readable weight file ({reason})") from None
+    return state
 
 
 def convert_bin(folder: Path) -> Path:
     """Rewrites `pytorch_model*.bin` as safetensors, shard by shard, and returns the folder that holds them.
 
-    That is the folder itself, or one in ~/.cache/llm2vec_min when it is read-only. Pickles are opened only here and
-    only with `weights_only=True`, which runs no code from the file.
+    That is one in ~/.cache/llm2vec_min, never the model's own: a hub cache is shared with other libraries.
     """
-    target = folder
-    if not os.access(folder, os.W_OK):
-        cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache"))
-        target = cache / "llm2vec_min" / re.sub(r"\W+", "-", str(folder.resolve())).strip("-")
-        target.mkdir(parents=True, exist_ok=True)
-        if (target / INDEX).is_file():
-            return target
-    weight_map = {}
-    for path in sorted(folder.glob("pytorch_model*.bin")):
-        try:
-            state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
-        except Exception as error:
-            raise ValueError(f"{path}: not a readable weight file ({str(error).splitlines()[0]})") from None
-        name = path.stem.replace("pytorch_model", "model") + "-converted.safetensors"
-        # clone: safetensors takes no tensors that share memory, as tied embeddings do
-        save_file({key: t.clone() for key, t in state.items()}, target / (name + ".part"), metadata={"format": "pt"})
-        os.replace(target / (name + ".part"), target / name)
-        weight_map |= dict.fromkeys(state, name)
-    write_index(target, weight_map)  # last: only complete conversions are found
+    paths = [member(folder, path.name) for path in sorted(folder.glob("pytorch_model*.bin"))]
+    state = repr([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
+    cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2vec_min" / "converted"
+    target = cache / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if target.is_dir():  # renamed when it was whole
+        return target
+    part = None
+    try:
+        cache.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(dir=cache))
+        weight_map = {}
+        for path in paths:
+            name = path.stem.replace("pytorch_model", "model") + "-converted.safetensors"
+            # clone: safetensors takes no tensors that share memory, as tied embeddings do
+            tensors = {key: tensor.clone() for key, tensor in read_bin(path).items()}
+            save_file(tensors, part / name, metadata={"format": "pt"})
+            weight_map |= dict.fromkeys(tensors, name)
+        write_index(part, weight_map)
+        os.replace(part, target)
+    except (OSError, safetensors.SafetensorError) as error:
+        if not target.is_dir():  # else another process was faster
+            raise ValueError(f"{folder}: its weights could not be converted to {target} ({error})") from None
+    finally:
+        if part is not None:
+            shutil.rmtree(part, ignore_errors=True)
     return target
 
 
@@ -105,12 +160,13 @@ def _load_into(model: nn.Module, folder: str | Path, device, dtype: torch.dtype,
                 name = rename(key)
                 if name is None or name.endswith("rotary_emb.inv_freq"):  # a buffer of old checkpoints; we compute it
                     continue
-                shape = tuple(file.get_slice(key).get_shape())
                 missing.discard(name)
                 if name not in expected:
                     unexpected.append(key)
-                elif shape != expected[name]:
-                    wrong.append(f"{key} is {shape}, expected {expected[name]}")
+                elif misfit := _misfit(file, key, expected[name]):
+                    wrong.append(misfit)
+                elif name in state:
+                    wrong.append(f"{key} is there twice")
                 else:
                     state[name] = file.get_tensor(key).to(dtype)
     if problems := _problems(missing, unexpected, wrong):
@@ -180,7 +236,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, dtype: torch.dtype, ma
             whole = adapted[key].merged_weight() if key in adapted else tensor.detach()
             tensors[key] = whole.to("cpu", dtype).contiguous()
         save_file(tensors, folder / (name + ".part"), metadata={"format": "pt"})
-        os.replace(folder / (name + ".part"), folder / name)
+        put(folder / (name + ".part"), folder / name)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         write_index(folder, weight_map)
@@ -216,7 +272,7 @@ def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
             tensors[f"base_model.model.{name}.{child}.weight"] = getattr(module, child).weight.detach().cpu().contiguous()
     folder = Path(folder)
     save_file(tensors, folder / (ADAPTER + ".part"), metadata={"format": "pt"})
-    os.replace(folder / (ADAPTER + ".part"), folder / ADAPTER)
+    put(folder / (ADAPTER + ".part"), folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, config)
 
 
@@ -229,51 +285,50 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
         ValueError: not a plain LoRA adapter, or one for another model: names every kind of misfit at once.
     """
     folder = Path(folder)
-    config = read_json(folder / ADAPTER_CONFIG)
-    where = folder / ADAPTER_CONFIG
+    where = member(folder, ADAPTER_CONFIG)
+    config = read_json(where)
     if config.get("peft_type") != "LORA":
-        raise ValueError(f"{where}: peft_type is {config.get('peft_type')!r}, expected 'LORA'")
+        raise ValueError(f"{where}: peft_type is {short(config.get('peft_type'))}, expected 'LORA'")
     for option in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
         if config.get(option):
-            raise ValueError(f"{where}: {option} is {config[option]!r}, which is not supported")
+            raise ValueError(f"{where}: {option} is {short(config[option])}, which is not supported")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"{where}: bias is {config['bias']!r}, only 'none' is supported")
-    r, alpha = config.get("r"), config.get("lora_alpha")
-    if not isinstance(r, int) or not isinstance(alpha, (int, float)):
-        raise ValueError(f"{where}: r is {r!r} and lora_alpha is {alpha!r}, expected numbers")
+        raise ValueError(f"{where}: bias is {short(config['bias'])}, only 'none' is supported")
+    r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)
+    if type(r) is not int or not 1 <= r <= 2**16:
+        raise ValueError(f"{where}: r is {short(r)}, expected a whole number from 1 to {2**16}")
+    if not is_positive(alpha):
+        raise ValueError(f"{where}: lora_alpha is {short(alpha)}, expected a number above 0")
+    if type(dropout) not in (int, float) or not 0 <= dropout < 1:
+        raise ValueError(f"{where}: lora_dropout is {short(dropout)}, expected a number in [0, 1)")
     if config.get("use_rslora"):
         alpha = alpha * r**0.5  # that variant scales by alpha / sqrt(r)
 
-    state: dict[str, Tensor] = {}
-    unexpected = []
-    with _open(folder / ADAPTER) as file:
-        for key in file.keys():
-            match = re.fullmatch(r"base_model\.model\.(?:model\.)?(.+\.lora_[AB])(?:\.default)?\.weight", key)
-            if match:
-                state[match[1] + ".weight"] = file.get_tensor(key).float()
-            else:
-                unexpected.append(key)
     linear = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    state: dict[str, Tensor] = {}
+    wrong, unexpected = [], []
+    with _open(member(folder, ADAPTER)) as file:
+        for key in file.keys():
+            match = re.fullmatch(r"base_model\.model\.(?:model\.)?((.+)\.lora_([AB]))(?:\.default)?\.weight", key)
+            if not match or match[2] not in linear or match[1] + ".weight" in state:
+                unexpected.append(match[1] if match else key)
+                continue
+            layer = linear[match[2]]
+            shape = (r, layer.in_features) if match[3] == "A" else (layer.out_features, r)
+            misfit = _misfit(file, key, shape)
+            wrong += [misfit] if misfit else []
+            state[match[1] + ".weight"] = torch.empty(0) if misfit else file.get_tensor(key).float()
     targets = {name.rpartition(".lora_")[0] for name in state}
-    unexpected += sorted(targets - linear.keys())
-    wrong, missing = [], []
-    for name in sorted(targets & linear.keys()):
-        shapes = {"lora_A": (r, linear[name].in_features), "lora_B": (linear[name].out_features, r)}
-        for child, shape in shapes.items():
-            tensor = state.get(f"{name}.{child}.weight")
-            if tensor is None:
-                missing.append(f"{name}.{child}")
-            elif tuple(tensor.shape) != shape:
-                wrong.append(f"{name}.{child} is {tuple(tensor.shape)}, expected {shape}")
+    missing = [f"{name}.lora_{c}" for name in targets for c in "AB" if f"{name}.lora_{c}.weight" not in state]
     # An adapter sits on every layer or on none: fewer than the model has is another model's.
-    kinds = {re.sub(r"layers\.\d+\.", "", name) for name in targets & linear.keys()}
+    kinds = {re.sub(r"layers\.\d+\.", "", name) for name in targets}
     if not config.get("layers_to_transform"):
         layers = range(decoder.config.num_hidden_layers)
         missing += [n for kind in kinds for i in layers if (n := f"layers.{i}.{kind}") not in targets]
     problems = _problems(missing, unexpected, wrong) or ("" if state else "it is empty")
     if problems:
         base = config.get("base_model_name_or_path")
-        raise ValueError(f"{folder}: the adapter (made for {base}) does not fit {decoder.source or 'this model'}; {problems}")
-    add_lora(decoder, r, alpha, config.get("lora_dropout", 0.0), targets)
+        raise ValueError(f"{folder}: the adapter (made for {short(base)}) does not fit {decoder.source or 'this model'}; {problems}")
+    add_lora(decoder, r, alpha, dropout, targets)
     decoder.load_state_dict({k: v.to(decoder.norm.weight.device) for k, v in state.items()}, strict=False, assign=True)
     decoder.requires_grad_(False)

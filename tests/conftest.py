@@ -50,7 +50,7 @@ VARIANTS = {
     "llama-tied": dict(tie_word_embeddings=True),
     "llama-biases": dict(attention_bias=True, mlp_bias=True),
     "llama-head-dim": dict(head_dim=24, num_attention_heads=4),
-    "llama-mha": dict(num_key_value_heads=4),
+    "llama-mha": dict(num_key_value_heads=4, rms_norm_eps=0.1),
     "llama-linear-rope": dict(rope_parameters=dict(rope_type="linear", rope_theta=100.0, factor=3.0)),
     "llama-llama3-rope": dict(rope_parameters=LLAMA3_ROPE),
     "llama-3.2": dict(rope_parameters=LLAMA3_ROPE, tie_word_embeddings=True),

@@ -1,18 +1,22 @@
 """encode and embed against transformers; independence of the batch; runs that move; odd input."""
 
+import copy
 import json
 import shutil
+import threading
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, run_reference
+from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from test_weights import randomize
 
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora, merge_lora
 from llm2vec_min.pooling import POOLING_MODES
+from llm2vec_min.tokenizer import Tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -60,6 +64,59 @@ def test_batch_order_and_padding_change_nothing(l2v, mode):
         np.testing.assert_allclose(l2v.encode(TEXTS, pooling=mode, batch_size=batch_size), alone, rtol=1e-5, atol=1e-5)
     backwards = l2v.encode(TEXTS[::-1], pooling=mode, batch_size=2)[::-1]
     np.testing.assert_allclose(backwards, alone, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_eight_threads_on_one_model(model_folder, training):
+    """Also on a model that is being trained: none gets dropout because another one is through."""
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    add_lora(l2v.decoder, r=4, dropout=0.9)
+    randomize(l2v.decoder)
+    expected = l2v.encode(TEXTS)
+    l2v.decoder.train(training)
+    start = threading.Barrier(8)
+
+    def work(seed):
+        start.wait()
+        order = np.random.default_rng(seed).permutation(len(TEXTS))
+        for size in (1, 2, 3, 8):
+            vectors = l2v.encode([TEXTS[i] for i in order], batch_size=size)
+            np.testing.assert_allclose(vectors, expected[order], rtol=1e-5, atol=1e-5)
+
+    with ThreadPoolExecutor(8) as pool:
+        list(pool.map(work, range(8)))
+    assert l2v.decoder.training is training and all(m.training is training for m in l2v.decoder.modules())
+    with pytest.raises(ValueError):
+        l2v.encode([["a", "b", "c"]])
+    assert l2v.decoder.training is training, "after a mistake, too"
+    copy.deepcopy(l2v)
+
+
+def test_threads_of_torch_change_nothing(l2v):
+    before, expected = torch.get_num_threads(), l2v.encode(TEXTS)
+    try:
+        for count in (1, 4):
+            torch.set_num_threads(count)
+            np.testing.assert_allclose(l2v.encode(TEXTS), expected, rtol=1e-5, atol=1e-5)
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_a_token_without_embedding_is_read_as_text(model_folder, tmp_path):
+    """Someone added a padding token, and no row to the embeddings: a text in which it stands must not break the run."""
+    path = write_tokenizer(tmp_path, "llama-2") / "tokenizer.json"
+    size = Tokenizer(tmp_path).backend.get_vocab_size()
+    make_reference("llama", vocab_size=size).save_pretrained(tmp_path)
+    here = LLM2Vec.from_pretrained(tmp_path, device="cpu")
+    raw = json.loads(path.read_text())
+    raw["added_tokens"].append(raw["added_tokens"][0] | {"id": size, "content": "<pad>"})
+    path.write_text(json.dumps(raw))
+    config = tmp_path / "tokenizer_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | {"pad_token": "<pad>"}))
+    texts = ["a <pad> b", *TEXTS]
+    there = LLM2Vec.from_pretrained(tmp_path, device="cpu")
+    assert Tokenizer(tmp_path).backend.encode("<pad>").ids[-1] == size
+    np.testing.assert_allclose(there.encode(texts), here.encode(texts), rtol=1e-5, atol=1e-5)
 
 
 def test_shapes_and_normalize(l2v):

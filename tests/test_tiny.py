@@ -43,6 +43,19 @@ def test_triplets_that_ship():
     assert all(len(t.negatives) == 1 and t.negatives[0] not in t[:2] and len(max(t[:2], key=len)) < 250 for t in data.triplets)
 
 
+def test_vectors_do_not_drift():
+    """Four numbers of three texts, as they were when this was written: another version, library or machine gives the same."""
+    vectors = LLM2Vec.from_pretrained("tiny", device="cpu").encode(
+        ["A cat sat on the mat.", "Über den Wolken 🙂", "The quick brown fox jumps over the lazy dog, twice."]
+    )
+    expected = [
+        [1.3291186, 3.3426259, -0.3017889, 0.3727350],
+        [-0.5616115, -0.0216131, -1.5901649, 0.5619624],
+        [1.4802132, 2.2012420, -0.5193111, -0.6456593],
+    ]
+    np.testing.assert_allclose(vectors[:, [0, 1, 50, -1]], expected, atol=1e-5)
+
+
 def test_importing_reads_no_asset():
     code = "import sys, builtins; o=open; builtins.open=lambda f,*a,**k: (_ for _ in ()).throw(SystemExit(str(f))) " \
         "if 'assets' in str(f) else o(f,*a,**k); import llm2vec_min, train, embed"  # fmt: skip

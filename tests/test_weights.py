@@ -119,8 +119,8 @@ def test_broken_files(reference, tmp_path):
         load_decoder(tmp_path)
 
 
-@pytest.mark.parametrize("read_only", [False, True])
-def test_bin_is_converted_once(reference, tmp_path, monkeypatch, read_only):
+def test_bin_is_converted_once(reference, tmp_path, monkeypatch):
+    """Into a cache of our own: what lies beside the .bin, in a hub cache for one, is read by other libraries too."""
     model, folder = reference("llama-tied")
     source = tmp_path / "old"
     source.mkdir()
@@ -128,16 +128,30 @@ def test_bin_is_converted_once(reference, tmp_path, monkeypatch, read_only):
     state = model.state_dict()  # tied: two keys, one storage
     torch.save(state, source / "pytorch_model.bin")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    if read_only:
-        monkeypatch.setattr(os, "access", lambda path, mode: False)
     ids, _ = random_batch()
     expected = run_reference(model, ids, causal=True).logits
     torch.testing.assert_close(load_language_model(source)(ids, causal=True), expected, **TOLERANCE)
-    assert bool(list(source.glob("*.safetensors"))) != read_only
-    loaded = []
-    monkeypatch.setattr(torch, "load", lambda *a, **k: loaded.append(a))
+    assert sorted(path.name for path in source.iterdir()) == ["config.json", "pytorch_model.bin"]
+    (converted,) = (tmp_path / "cache" / "llm2vec_min" / "converted").iterdir()
+    loaded, load = [], torch.load
+    monkeypatch.setattr(torch, "load", lambda *a, **k: loaded.append(a) or load(*a, **k))
     load_decoder(source)
     assert not loaded, "the second time reads safetensors"
+    state["model.norm.weight"] = state["model.norm.weight"] + 1
+    torch.save(state, source / "pytorch_model.bin")
+    assert torch.equal(load_decoder(source).norm.weight, state["model.norm.weight"]), "another file, another conversion"
+    assert len(loaded) == 1
+    assert len(list(converted.parent.iterdir())) == 2, "nothing unfinished stays"
+
+
+def test_old_torch_opens_no_pickle(reference, tmp_path, monkeypatch):
+    """Before 2.6 a file can run code in spite of weights_only=True (CVE-2025-32434)."""
+    (tmp_path / "config.json").write_bytes((reference("llama")[1] / "config.json").read_bytes())
+    torch.save({}, tmp_path / "pytorch_model.bin")
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("2.5.1+cpu"))
+    monkeypatch.setattr(torch, "load", lambda *a, **k: pytest.fail("it was opened"))
+    with pytest.raises(ValueError, match="pytorch_model.bin: torch 2.5.1.* update to 2.6"):
+        load_decoder(tmp_path)
 
 
 def test_pickled_code_is_refused(reference, tmp_path):

@@ -123,7 +123,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
         "float32", choices=tuple(DTYPES))  # fmt: skip
     add(group, "--gradient-checkpointing", "recompute activations instead of keeping them: less memory, a third more "
         "time", action=argparse.BooleanOptionalAction)  # fmt: skip
-    add(group, "--save-every", "steps between checkpoints to resume from; 0: none", type=int)
+    add(group, "--save-every", "steps between checkpoints to resume from; 0: every two minutes", type=int)
     add(group, "--eval-every", "steps between evaluations; 0: a quarter of the run", type=int)
     add(group, "--dry-run", "load nothing; print parameters, operations and predicted peak memory. WORLD_SIZE=8 before the "
         "command plans for 8 processes", action="store_true", default=False)  # fmt: skip

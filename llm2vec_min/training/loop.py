@@ -2,10 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
 import shutil
+import signal
+import sys
+import threading
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -19,12 +23,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..device import rank, world_size
-from ..files import read_json, replace_folder, write_json
+from ..files import put, read_json, replace_folder, write_json
 from . import distributed
 
-CHECKPOINT = "checkpoint.safetensors"
+CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
 METRICS = "metrics.jsonl"
 ARGUMENTS = "train_args.json"
+SAVE_SECONDS = 120  # between checkpoints where --save-every names no steps: what a kill costs at most
+MOST_SKIPPED = 5  # steps in a row without a finite gradient
 
 
 @dataclass
@@ -54,7 +60,7 @@ class Settings:
     gradient_checkpointing: bool = False
     seed: int = 0
     eval_every: int = 0  # steps; 0: a quarter of the run
-    save_every: int = 0  # steps; 0: no checkpoints
+    save_every: int = 0  # steps; 0: by the clock, every SAVE_SECONDS
 
 
 def get_lr(step: int, settings: Settings) -> float:
@@ -133,7 +139,33 @@ def finish_output(work: Path, output: str | Path) -> None:
     output = Path(output)
     if work != output:
         replace_folder(work, output)
-    (output / CHECKPOINT).unlink(missing_ok=True)
+    for path in (*output.glob("*.part"), output / BEFORE, output / CHECKPOINT):  # last the one that `is_finished` looks for
+        path.unlink(missing_ok=True)
+
+
+def has_checkpoint(work: Path) -> bool:
+    return any((work / name).is_file() for name in (CHECKPOINT, BEFORE))
+
+
+def identify(paths: list[str]) -> dict[str, str]:
+    """What is in each file, for the run's arguments: a resumed run must read what it has begun with."""
+    found = {}
+    for path in paths:
+        try:
+            with open(path, "rb") as file:
+                found[f"SHA-256 of {path}"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+        except OSError as error:
+            raise ValueError(f"{path}: not a readable text file ({error})") from None
+    return found
+
+
+def checksum(step: str, tensors: dict[str, Tensor]) -> str:
+    """SHA-256 of all that a checkpoint says. safetensors finds a file cut short, but not one that was written in part."""
+    digest = hashlib.sha256(step.encode())
+    for name in sorted(tensors):
+        digest.update(name.encode())
+        digest.update(tensors[name].cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()
 
 
 class Loop:
@@ -184,9 +216,21 @@ class Loop:
         self.history: list[dict] = []  # what metrics.jsonl holds, for notebooks
 
     def __iter__(self) -> Iterator[int]:
-        s = self.settings
         self.open()
-        self.bar = tqdm(total=s.steps, initial=self.start, desc="training", disable=self.quiet or not self.is_main, mininterval=1.0)
+        self.skipped = 0  # steps in a row
+        self.stopping = self.stopped = False  # a signal came; all processes know
+        self.saved = time.monotonic()
+        hidden = self.quiet or not self.is_main
+        self.bar = tqdm(total=self.settings.steps, initial=self.start, desc="training", disable=hidden, mininterval=1.0)
+        handlers = self._catch_signals()
+        try:
+            yield from self._steps()
+        finally:
+            self._restore(handlers)
+            self.bar.close()
+
+    def _steps(self) -> Iterator[int]:
+        s = self.settings
         self.model.train()
         if self.start == 0:
             self._evaluate(0)
@@ -201,9 +245,11 @@ class Loop:
             done = self.step + 1
             if done == s.steps or done % eval_every == 0:
                 self._evaluate(done)
-            if s.save_every and done % s.save_every == 0 and done < s.steps:
+            late = not s.save_every and time.monotonic() - self.saved > SAVE_SECONDS
+            if done < s.steps and (late or self.stopped or (s.save_every and done % s.save_every == 0)):
                 self._save_checkpoint(done)
-        self.bar.close()
+            if done < s.steps and self.stopped:
+                raise KeyboardInterrupt(f"stopped after step {done}, which is saved; the same command with --resume goes on")
         self.model.eval()
 
     def open(self) -> None:
@@ -229,18 +275,63 @@ class Loop:
             loss: scalar, this process's part of the step's loss; the part's gradients are already in place.
             tokens: real tokens of the whole step, for the report.
         """
-        loss = loss.detach().clone()
-        distributed.add_up([loss, *(p.grad for p in self.parameters.values())])
+        loss, stop = loss.detach().clone(), loss.new_full((), float(self.stopping))
+        distributed.add_up([loss, stop, *(p.grad for p in self.parameters.values())])
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        loss, norm, stop = torch.stack([loss, norm.to(loss), stop]).tolist()
+        self.stopped = stop > 0
+        if not (math.isfinite(loss) and math.isfinite(norm)):
+            self._skip(loss, norm)
+            return
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
+        self.skipped = 0
         rate = tokens / (time.perf_counter() - self.started)
-        record = {"step": self.step + 1, "loss": float(loss), "lr": self.lr, "grad_norm": float(norm), "tokens_per_s": rate}
-        if not math.isfinite(record["loss"]):
-            raise ValueError(f"the loss of step {self.step + 1} is {record['loss']}: lower --lr or use --dtype float32")
+        record = {"step": self.step + 1, "loss": loss, "lr": self.lr, "grad_norm": norm, "tokens_per_s": rate}
         self._record({name: round(value, 8) for name, value in record.items()})
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {self.lr:.1e}, {rate:.0f} tokens/s", refresh=False)
         self.bar.update()
+
+    def _skip(self, loss: float, norm: float) -> None:
+        """A step without a finite gradient changes nothing but the count.
+
+        Raises:
+            ValueError: it was one too many; the state before the first of them is saved.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        self.skipped += 1
+        step, what = self.step + 1, f"the loss is {loss}, the gradient's norm {norm}"
+        self._record({"step": step, "skipped": what})
+        if self.is_main and not self.quiet:
+            self.bar.write(f"step {step:>5}: {what}; skipped ({self.skipped} in a row)")
+        self.bar.update()
+        if self.skipped == MOST_SKIPPED:
+            good = step - MOST_SKIPPED
+            if good > 0:
+                self._save_checkpoint(good)
+            raise ValueError(
+                f"{MOST_SKIPPED} steps in a row up to {step} were not finite ({what}); lower --lr or use --dtype float32"
+                + (f". The state after step {good} is saved" if good > 0 and self.output else "")
+            )
+
+    def _catch_signals(self) -> dict:
+        """The first SIGINT or SIGTERM ends the run after its step; the next finds the handlers that were there before."""
+        if self.output is None or threading.current_thread() is not threading.main_thread():
+            return {}
+
+        def stop(number, frame):
+            self.stopping = True
+            self._restore(before)
+            if self.is_main:
+                print("stopping after this step; once more stops at once", file=sys.stderr)
+
+        before = {number: signal.signal(number, stop) for number in (signal.SIGINT, signal.SIGTERM)}
+        return before
+
+    @staticmethod
+    def _restore(handlers: dict) -> None:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
 
     def _evaluate(self, step: int) -> None:
         if self.evaluate is None:
@@ -256,39 +347,86 @@ class Loop:
     def _record(self, record: dict) -> None:
         self.history.append(record)
         if self.output is not None and self.is_main:
-            with open(self.output / METRICS, "a", encoding="utf-8") as file:
-                file.write(json.dumps(record) + "\n")
+            try:
+                with open(self.output / METRICS, "a", encoding="utf-8") as file:
+                    file.write(json.dumps(record) + "\n")
+            except OSError as error:
+                raise ValueError(f"{self.output / METRICS}: cannot be written ({error}); --resume goes on from what is saved") from None
 
     # ---- killed and resumed ----
 
     def _save_checkpoint(self, step: int) -> None:
-        """Trained weights and the optimizer's moments after `step` steps, in one file that is replaced atomically."""
+        """Trained weights and the optimizer's moments after `step` steps, in one file that is on the disk before it takes
+        its place. The one before stays, in case of a disk that promises and forgets.
+
+        Raises:
+            ValueError: it could not be written; those before are whole.
+        """
         if self.output is None or not self.is_main:
             return
         tensors = {f"parameter.{name}": parameter.detach() for name, parameter in self.parameters.items()}
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-        beside = self.output / (CHECKPOINT + ".part")
-        save_file({name: t.contiguous() for name, t in tensors.items()}, beside, metadata={"step": str(step)})
-        os.replace(beside, self.output / CHECKPOINT)
+        tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
+        new, old, beside = (self.output / name for name in (CHECKPOINT, BEFORE, CHECKPOINT + ".part"))
+        try:
+            save_file(tensors, beside, metadata={"step": str(step), "sha256": checksum(str(step), tensors), "torch": torch.__version__})
+            with open(self.output / METRICS, "ab") as file:
+                os.fsync(file.fileno())
+            if new.exists():
+                os.replace(new, old)
+            put(beside, new)
+        except (OSError, safetensors.SafetensorError) as error:
+            beside.unlink(missing_ok=True)
+            raise ValueError(f"{new}: the state of step {step} could not be saved ({error}); what was saved before is whole") from None
+        self.saved = time.monotonic()
 
     def _load_checkpoint(self) -> int:
-        path = self.output / CHECKPOINT
-        if not path.is_file():
-            if self.is_main and not self.quiet:
-                print(f"{self.output}: no checkpoint yet, training starts from the beginning")
+        """The step of the newest whole checkpoint, with its state; metrics of later steps are dropped, and a torn line."""
+        step = next((step for name in (CHECKPOINT, BEFORE) if (step := self._read_checkpoint(self.output / name))), 0)
+        if step == 0:
+            self._say(f"{self.output}: no checkpoint yet, training starts from the beginning")
             self.is_new = True
             return 0
-        with safetensors.safe_open(path, framework="pt") as file, torch.no_grad():
-            step = int(file.metadata()["step"])
-            for name, parameter in self.parameters.items():
-                parameter.copy_(file.get_tensor(f"parameter.{name}"))
-                state = {key: file.get_tensor(f"{key}.{name}") for key in ("step", "exp_avg", "exp_avg_sq")}
-                # AdamW counts its steps on the host unless fused on a GPU; the moments live beside the parameter.
-                self.optimizer.state[parameter] = {key: value.to(parameter.device) for key, value in state.items()}
         if self.is_main:
-            lines = (self.output / METRICS).read_text().splitlines()
-            kept = [line for line in lines if json.loads(line)["step"] <= step]
-            (self.output / METRICS).write_text("".join(line + "\n" for line in kept))
+            path, kept = self.output / METRICS, []
+            for line in path.read_text(encoding="utf-8", errors="replace").splitlines() if path.is_file() else []:
+                try:
+                    kept += [line] if json.loads(line)["step"] <= step else []
+                except (ValueError, KeyError, TypeError):  # the line that was being written when the run was killed
+                    continue
+            beside = self.output / (METRICS + ".part")
+            beside.write_text("".join(line + "\n" for line in kept), encoding="utf-8")
+            put(beside, path)
         return step
+
+    def _read_checkpoint(self, path: Path) -> int:
+        """Takes over a checkpoint's state; 0, with a line that says why, if it is not whole."""
+        if not path.is_file():
+            return 0
+        try:
+            with safetensors.safe_open(path, framework="pt") as file:
+                about = file.metadata() or {}
+                tensors = {key: file.get_tensor(key) for key in file.keys()}
+            if checksum(about.get("step", ""), tensors) != about.get("sha256"):
+                raise ValueError("its checksum is another")
+        except Exception as error:  # SafetensorError is a plain Exception
+            self._say(f"{path}: not whole ({error}); the one before is used")
+            return 0
+        if about.get("torch") != torch.__version__:
+            self._say(f"{path}: made by torch {about.get('torch')}, this is {torch.__version__}: the run goes on, not bit for bit")
+        if missing := {f"parameter.{name}" for name in self.parameters} ^ {key for key in tensors if key.startswith("parameter.")}:
+            raise ValueError(f"{path}: has other weights than this run trains: {', '.join(sorted(missing)[:3])}")
+        with torch.no_grad():
+            for name, parameter in self.parameters.items():
+                parameter.copy_(tensors[f"parameter.{name}"])
+                # AdamW counts its steps on the host unless fused on a GPU; the moments live beside the parameter.
+                for key in ("step", "exp_avg", "exp_avg_sq"):
+                    if f"{key}.{name}" in tensors:  # else no step was taken yet
+                        self.optimizer.state[parameter][key] = tensors[f"{key}.{name}"].to(parameter.device)
+        return int(about["step"])
+
+    def _say(self, line: str) -> None:
+        if self.is_main and not self.quiet:
+            print(line)

@@ -5,15 +5,17 @@ import sys
 
 import numpy as np
 import pytest
+import safetensors
 import torch
 from conftest import TEXTS
+from safetensors.torch import load_file, save_file
 
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.evaluation import ranks, spearman
 from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
-from llm2vec_min.training.loop import Settings, finish_output, get_lr, open_output, plan_output
+from llm2vec_min.training.loop import Settings, checksum, finish_output, get_lr, open_output, plan_output
 from llm2vec_min.training.mntp import held_out_score, train_mntp
 from llm2vec_min.training.simcse import train_simcse
 
@@ -126,6 +128,85 @@ def test_schedule():
 def test_not_finite_loss_stops(model_folder):
     with pytest.raises(ValueError, match="lower --lr"):
         train(model_folder, "simcse", settings=dict(lr=1e30, max_grad_norm=1e30))
+
+
+# ---- steps that go wrong ----
+
+
+def poison(monkeypatch, bad_steps, what="loss"):
+    """Makes the gradient or the loss of some steps NaN."""
+    from llm2vec_min import training
+
+    update = training.Loop.update
+
+    def poisoned(self, loss, tokens):
+        if self.step in bad_steps:
+            if what == "loss":
+                loss = loss * float("nan")
+            else:
+                next(iter(self.parameters.values())).grad.view(-1)[3] = float("inf")
+        update(self, loss, tokens)
+
+    monkeypatch.setattr(training.Loop, "update", poisoned)
+
+
+@pytest.mark.parametrize("what", ["loss", "gradient"])
+def test_steps_that_are_not_finite_are_skipped(model_folder, tmp_path, monkeypatch, capsys, what):
+    poison(monkeypatch, {1, 2, 4}, what)
+    l2v, loop = train(model_folder, "mntp", tmp_path, quiet=False)
+    assert all(torch.isfinite(weight).all() for weight in weights(l2v).values())
+    records = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
+    assert [r["step"] for r in records if "skipped" in r] == [2, 3, 5] and [r["step"] for r in records if "loss" in r] == [1, 4, 6]
+    assert "skipped (2 in a row)" in capsys.readouterr().out
+    assert loop.optimizer.state[next(iter(loop.parameters.values()))]["step"] == 3, "no moment has seen a bad gradient"
+
+
+def test_five_in_a_row_stop_and_the_last_good_state_is_saved(model_folder, tmp_path, monkeypatch):
+    settings = dict(steps=12, save_every=100)
+    with monkeypatch.context() as patch:
+        poison(patch, range(3, 99))
+        with pytest.raises(ValueError, match="5 steps in a row up to 8 were not finite.*lower --lr.*after step 3 is saved"):
+            train(model_folder, "mntp", tmp_path, settings=settings)
+    resumed, loop = train(model_folder, "mntp", tmp_path, settings=settings, resume=True)
+    assert loop.start == 3
+    assert same(weights(resumed), weights(train(model_folder, "mntp", settings=settings)[0]))
+
+
+def test_checkpoints_by_the_clock(model_folder, tmp_path, monkeypatch):
+    from llm2vec_min.training import loop
+
+    saved = []
+    monkeypatch.setattr(loop.Loop, "_save_checkpoint", lambda self, step: saved.append(step))
+    train(model_folder, "mntp", tmp_path, settings=dict(save_every=0))
+    assert saved == [], "two minutes have not passed"
+    monkeypatch.setattr(loop, "SAVE_SECONDS", -1)
+    train(model_folder, "mntp", tmp_path, settings=dict(save_every=0))
+    assert saved == [1, 2, 3, 4, 5]
+    saved.clear()
+    train(model_folder, "mntp", tmp_path, settings=dict(save_every=3))
+    assert saved == [3], "--save-every alone decides"
+
+
+def test_last_two_checkpoints_are_kept(model_folder, tmp_path):
+    train(model_folder, "mntp", tmp_path)  # saves after 2 and 4 of 6 steps
+    steps = {}
+    for path in tmp_path.glob("checkpoint*"):
+        with safetensors.safe_open(path, "pt") as file:
+            steps[path.name] = file.metadata()["step"]
+    assert steps == {"checkpoint.safetensors": "4", "checkpoint-before.safetensors": "2"}
+
+
+def test_checkpoint_of_another_torch_or_run(model_folder, tmp_path, monkeypatch, capsys):
+    train(model_folder, "mntp", tmp_path)
+    monkeypatch.setattr(torch, "__version__", torch.torch_version.TorchVersion("9.9.0"))
+    train(model_folder, "mntp", tmp_path, resume=True, quiet=False)
+    assert "this is 9.9.0: the run goes on, not bit for bit" in capsys.readouterr().out
+    path = tmp_path / "checkpoint.safetensors"
+    tensors = {name.replace("q_proj", "x_proj"): t for name, t in load_file(path).items()}
+    about = {"step": "4", "sha256": checksum("4", tensors), "torch": "9.9.0"}
+    save_file(tensors, path, metadata=about)
+    with pytest.raises(ValueError, match="checkpoint.safetensors: has other weights than this run trains: parameter.layers"):
+        train(model_folder, "mntp", tmp_path, resume=True)
 
 
 # ---- output folders ----

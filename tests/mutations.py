@@ -1,0 +1,162 @@
+"""Wrong versions of the package, applied one by one to a copy; the tests named beside each must fail on it.
+
+    python tests/mutations.py            # all of them: prints the survivors, exit code 1 if there are any
+    python tests/mutations.py lora 17    # those of one module, or of a number
+
+Each is a mistake someone could make. The libraries are imported once and every mutation runs in a fork, in a copy of the tree.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+P = "llm2vec_min"
+M, L, W, E = "tests/test_model.py", "tests/test_lora.py", "tests/test_weights.py", "tests/test_encoder.py"
+PO, PR, T = "tests/test_pooling.py", "tests/test_properties.py", "tests/test_tokenizer.py"
+MN, SI, LO, DI, SE = (f"tests/training/test_{name}.py" for name in ("mntp", "simcse", "loop", "distributed", "settings"))
+
+# (file, right, wrong, tests that must notice)
+MUTATIONS = [
+    # ---- model ----
+    (f"{P}/model.py", "F.rms_norm(x, self.weight.shape, self.weight, self.eps)", "F.rms_norm(x, self.weight.shape, None, self.eps)", M),
+    (f"{P}/model.py", "self.weight, self.eps)", "self.weight, 1e-6)", M),
+    (f"{P}/model.py", "x.roll(x.shape[-1] // 2, dims=-1)", "x.roll(1, dims=-1)", M),
+    (f"{P}/model.py", "torch.cat([-sin, sin], dim=-1)", "torch.cat([sin, -sin], dim=-1)", M),
+    (f"{P}/model.py", "return frequencies / scaling[\"factor\"]", "return frequencies * scaling[\"factor\"]", M),
+    (f"{P}/model.py", "keep * frequencies + (1 - keep) * frequencies / scaling[\"factor\"]", "keep * frequencies / scaling[\"factor\"] + (1 - keep) * frequencies", M),
+    (f"{P}/model.py", "visible = (ahead <= 0) if causal", "visible = (ahead < 0) if causal", f"{M} {PR}"),
+    (f"{P}/model.py", "(ahead > -sliding_window)", "(ahead >= -sliding_window)", f"{M} {PR}"),
+    (f"{P}/model.py", "(ahead.abs() <= sliding_window)", "(ahead.abs() < sliding_window)", f"{M} {PR}"),
+    (f"{P}/model.py", "visible & padding_mask[:, None, None, :] | (ahead == 0)", "visible & padding_mask[:, None, None, :]", f"{M} {PR}"),
+    (f"{P}/model.py", "is_causal=causal and mask is None", "is_causal=mask is None", M),
+    (f"{P}/model.py", "return padding_mask[:, None, None, :]  # (B", "return None  # (B", M),
+    (f"{P}/model.py", "x.new_tensor(1 / (1 - probability))", "x.new_tensor(1.0)", f"{M} {SI}"),
+    (f"{P}/model.py", "self.dropout if self.training else 0.0", "self.dropout", f"{M} {SI}"),
+    (f"{P}/model.py", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * F.silu(self.up_proj(x))", M),
+    (f"{P}/model.py", "bias=config.attention_bias and config.model_type != \"qwen2\"", "bias=config.attention_bias", M),
+    (f"{P}/model.py", "self.post_attention_layernorm(x)", "self.input_layernorm(x)", M),
+    # ---- lora ----
+    (f"{P}/lora.py", "return self.alpha / self.r", "return self.alpha", f"{L} {W}"),
+    (f"{P}/lora.py", "nn.init.zeros_(self.lora_B.weight)", "nn.init.normal_(self.lora_B.weight)", L),
+    (f"{P}/lora.py", "a = dropout(x, self.dropout, self.training)", "a = x", f"{L} {SI}"),
+    (f"{P}/lora.py", "(self.weight.float() + update)", "(self.weight + update.to(self.weight.dtype))", f"{L} {W}"),
+    (f"{P}/lora.py", "    model.requires_grad_(False)\n", "", f"{L} {W}"),
+    (f"{P}/lora.py", "linear.bias = self.bias", "linear.bias = None if self.bias is None else torch.zeros_like(self.bias)", L),
+    # ---- pooling ----
+    (f"{P}/pooling.py", "hidden = hidden.float()", "hidden = hidden + 0", PO),
+    (f"{P}/pooling.py", "(order * pool_mask).float()", "order.float()", f"{PO} {PR}"),
+    (f"{P}/pooling.py", "(order == order[:, -1:])", "(order == order[:, -1:] - 1)", f"{PO} {PR}"),
+    (f"{P}/pooling.py", "hidden.masked_fill(~pool_mask[:, :, None], -torch.inf)", "hidden.masked_fill(~pool_mask[:, :, None], 0)", f"{PO} {PR}"),
+    (f"{P}/pooling.py", "weights = pool_mask.float()", "weights = torch.ones_like(pool_mask).float()", f"{PO} {PR}"),
+    # ---- tokenizer ----
+    (f"{P}/tokenizer.py", "& ~inserted", "", f"{T} {PR}"),
+    (f"{P}/tokenizer.py", "len(head) - head.endswith(\" \")", "len(head)", f"{T} {PR}"),
+    (f"{P}/tokenizer.py", "(ends > begin) | (starts >= begin)", "starts >= begin", f"{T} {PR}"),
+    (f"{P}/tokenizer.py", "keep[own[len(own) - surplus :]] = False", "keep[own[:surplus]] = False", f"{T} {PR}"),
+    (f"{P}/tokenizer.py", "input_ids[b, T - length :] = row.ids", "input_ids[b, :length] = row.ids", T),
+    (f"{P}/tokenizer.py", "(max_length + 32) * self._longest", "max_length", PR),
+    # ---- mntp ----
+    (f"{P}/training/mntp.py", "maskable[:, 0] = False", "", f"{MN} {PR}"),
+    (f"{P}/training/mntp.py", "hidden[:, :-1][chosen]", "hidden[:, 1:][chosen]", MN),
+    (f"{P}/training/mntp.py", "(fate >= 0.9)", "(fate >= 0.8)", MN),
+    (f"{P}/training/mntp.py", "max(1, len(targets))", "len(targets)", MN),
+    (f"{P}/training/mntp.py", "~torch.isin(input_ids, torch.tensor(sorted(special_ids), dtype=torch.int64))", "torch.ones_like(input_ids, dtype=torch.bool)", f"{MN} {PR}"),
+    (f"{P}/training/mntp.py", "decoder(masked_ids, causal=False)", "decoder(masked_ids, causal=True)", MN),
+    (f"{P}/training/mntp.py", "labels[rows].to(where), count)", "labels[rows].to(where))", LO),
+    # ---- simcse ----
+    (f"{P}/training/simcse.py", "F.normalize(queries, dim=-1) @", "queries @", SI),
+    (f"{P}/training/simcse.py", "cosines / temperature", "cosines * temperature", SI),
+    (f"{P}/training/simcse.py", "l2v.states(encoded + encoded)", "l2v.states(encoded + encoded[::-1])", f"{SI} {DI}"),
+    (f"{P}/training/simcse.py", "        seed_dropout(part)\n", "", f"{SI} {DI} {LO}"),
+    (f"{P}/training/simcse.py", "return loss / world_size()", "return loss", DI),
+    (f"{P}/training/simcse.py", ".chunk(world_size())[rank()]", ".chunk(world_size())[0]", DI),
+    # ---- distributed ----
+    (f"{P}/training/distributed.py", "    dist.all_reduce(flat)\n", "", DI),
+    (f"{P}/training/distributed.py", "dist.all_gather_into_tensor(rows, x.detach().contiguous())", "rows[: len(x)] = x.detach()", DI),
+    # ---- loop ----
+    (f"{P}/training/loop.py", "self.generator = seed_torch(s.seed, self.step)", "self.generator = seed_torch(s.seed)", f"{LO} {SE}"),
+    (f"{P}/training/loop.py", "self.settings.seed, self.step, rank() + 1, part)", "self.settings.seed, self.step, 1, part)", f"{DI} {SE}"),
+    (f"{P}/training/loop.py", "group[\"lr\"] = self.lr", "pass", f"{LO} {SE}"),
+    (f"{P}/encoder.py", "                if self._encoding == 0:\n                    self.decoder.train(self._was_training)", "                self.decoder.train(self._was_training)", E),
+    (f"{P}/encoder.py", "key=lambda i: -lengths[i]", "key=lambda i: lengths[i]", f"{E} {PR}"),
+    # ---- every field of Settings, ignored ----
+    (f"{P}/training/loop.py", "range(self.start, s.steps)", "range(self.start, 7)", SE),
+    (f"{P}/training/loop.py", "share = self.settings.batch_size // world_size()", "share = 4 // world_size()", SE),
+    (f"{P}/training/loop.py", "rank() * share, self.settings.micro_batch_size or share", "rank() * share, share", SE),
+    (f"{P}/training/loop.py", "return settings.lr * (1 - progress)", "return 1e-3 * (1 - progress)", f"{LO} {SE}"),
+    (f"{P}/training/loop.py", "if step < settings.warmup_steps:", "if False:", f"{LO} {SE}"),
+    (f"{P}/training/loop.py", "if settings.schedule == \"cosine\":", "if False:", f"{LO} {SE}"),
+    (f"{P}/training/loop.py", "weight_decay=settings.weight_decay", "weight_decay=0.0", SE),
+    (f"{P}/training/loop.py", "settings.adam_beta2", "0.999", SE),
+    (f"{P}/training/loop.py", "self.settings.max_grad_norm", "1.0", SE),
+    (f"{P}/training/loop.py", "s.eval_every or -(-s.steps // 4)", "-(-s.steps // 4)", SE),
+    (f"{P}/training/loop.py", "(s.save_every and done % s.save_every == 0)", "False", f"{LO} {SE}"),
+    (f"{P}/training/mntp.py", "probability=settings.mask_probability", "probability=0.2", SE),
+    (f"{P}/training/mntp.py", "style=settings.mask_style", "style=\"bert\"", SE),
+    (f"{P}/training/simcse.py", "set_attention_dropout(l2v.decoder, settings.attention_dropout)", "set_attention_dropout(l2v.decoder, 0.3)", SE),
+    (f"{P}/training/simcse.py", "parts, settings.temperature, loop", "parts, 0.05, loop", SE),
+    (f"{P}/training/simcse.py", "tokenize(l2v, sentences, settings.max_length)", "tokenize(l2v, sentences, 512)", SE),
+    # ---- flags that train.py itself acts on ----
+    ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "16, args.lora_alpha, args.lora_dropout)", SE),
+    ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "args.lora_r, 32.0, args.lora_dropout)", SE),
+    ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "args.lora_r, args.lora_alpha, 0.05)", SE),
+    ("train.py", "gradient_checkpointing = args.gradient_checkpointing", "gradient_checkpointing = False", SE),
+    ("train.py", "pack_blocks(l2v.tokenizer, train_lines, args.max_length, \"--data\")", "pack_blocks(l2v.tokenizer, train_lines, 16, \"--data\")", SE),
+    ("train.py", "pooling=args.pooling,", "", SE),
+    ("train.py", "adapters=args.adapter,", "", SE),
+    ("train.py", "causal=args.causal or None,", "", f"tests/test_cli.py {SE}"),
+    ("train.py", "torch.manual_seed(args.seed)\n    add_lora", "add_lora", SE),
+    ("train.py", "dtype=args.dtype,", "", SE),
+]  # fmt: skip
+
+
+def is_caught(copy: Path, tests: str, log: Path) -> bool:
+    """In a fork: do the tests fail in the copy?"""
+    child = os.fork()
+    if child == 0:
+        code = 99
+        try:
+            file = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+            os.dup2(file, 1), os.dup2(file, 2)
+            os.chdir(copy)
+            sys.path[:0] = [str(copy), str(copy / "tests")]
+            import pytest
+
+            code = pytest.main(["-x", "-q", "-p", "no:cacheprovider", *tests.split()])
+        finally:
+            os._exit(code)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    assert code in (0, 1, 2), f"pytest ended with {code}: {log.read_text()[-2000:]}"  # 2: the tests cannot even be imported
+    return code != 0
+
+
+def main(wanted: list[str]) -> int:
+    sys.dont_write_bytecode = True  # a mutation of the same length within a second would be taken from the cache
+    os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
+    import hypothesis, mteb, peft, sentence_transformers, torch, transformers  # noqa: E401, F401
+
+    survivors = []
+    with tempfile.TemporaryDirectory() as place:
+        copy = Path(place) / "copy"
+        shutil.copytree(ROOT, copy, ignore=shutil.ignore_patterns(".git", "__pycache__", "notebooks", "runs"))
+        for number, (file, right, wrong, tests) in enumerate(MUTATIONS):
+            if wanted and not any(word == str(number) or word == Path(file).stem for word in wanted):
+                continue
+            source = (ROOT / file).read_text()
+            (copy / file).write_text(source.replace(right, wrong, 1))
+            started = time.monotonic()
+            caught = is_caught(copy, tests, Path(place) / "log")
+            (copy / file).write_text(source)
+            print(f"{number:>3} {'caught' if caught else 'SURVIVES'} {time.monotonic() - started:4.0f} s  {file}: {right.strip()[:60]!r}", flush=True)
+            if not caught:
+                survivors.append(number)
+    print(f"{len(survivors)} survivors: {survivors}")
+    return bool(survivors)
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1:]))
