@@ -162,13 +162,14 @@ class Attention(nn.Module):
         self.dropout = 0.0  # on the attention probabilities, in training only; SimCSE sets it
 
     def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)  # (B, K, T, D)
+        q = self.q_proj(x).unflatten(-1, (self.H, self.D))  # (B, T, H, D)
+        k = self.k_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
+        v = self.v_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
+        rope = [table.unsqueeze(-2) for table in rope]  # the same for all heads; rotated before the heads move apart in memory
         q, k = rotate(q, *rope), rotate(k, *rope)
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, T, C)
+        return self.o_proj(y.transpose(1, 2).flatten(2))  # (B, T, C)
 
 
 class MLP(nn.Module):
