@@ -41,6 +41,12 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     return dtype
 
 
+def to_device(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A tensor from the host. To a GPU it goes from page-locked memory, so that the host does not wait for it."""
+    on_gpu = device is not None and device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if on_gpu else x.to(device)
+
+
 def start_process(device: str | None) -> torch.device:
     """Joins the other processes if `torchrun` started this one, and picks the device: on GPUs, each process its own.
 
