@@ -231,8 +231,8 @@ class Loop:
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        rate = tokens / (time.perf_counter() - self.started)
-        record = {"step": self.step + 1, "loss": float(loss), "lr": self.lr, "grad_norm": float(norm), "tokens_per_s": rate}
+        record = {"step": self.step + 1, "loss": float(loss), "lr": self.lr, "grad_norm": float(norm)}  # waits for the device
+        record["tokens_per_s"] = rate = tokens / (time.perf_counter() - self.started)
         if not math.isfinite(record["loss"]):
             raise ValueError(f"the loss of step {self.step + 1} is {record['loss']}: lower --lr or use --dtype float32")
         self._record({name: round(value, 8) for name, value in record.items()})
