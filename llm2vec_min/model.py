@@ -9,7 +9,11 @@ Shape letters, here and in the whole package:
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +22,19 @@ from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
 from .device import to_device
+
+CAN_COMPILE = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))  # what torch.compile needs on CUDA
+
+
+def fused(function: Callable) -> Callable:
+    """A chain of element-wise operations as one kernel on CUDA, where each alone waits for memory; elsewhere as written."""
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(x: Tensor, *others: Tensor) -> Tensor:
+        return (compiled if x.is_cuda and CAN_COMPILE else function)(x, *others)
+
+    return run
 
 
 class RMSNorm(nn.Module):
@@ -58,6 +75,7 @@ def rotary_tables(config: ModelConfig, T: int, device=None, dtype=torch.float32)
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x[i], x[i + D/2]) of every head by their position's angles; (B, heads, T, D) -> the same.
 
@@ -187,6 +205,12 @@ class Attention(nn.Module):
         return self.o_proj(y)
 
 
+@fused
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, element by element (arXiv 2002.05202)."""
+    return F.silu(gate) * up
+
+
 class MLP(nn.Module):
     """SwiGLU (arXiv 2002.05202): down(silu(gate(x)) * up(x))."""
 
@@ -198,7 +222,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, I) inside
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # (B, T, I) inside
 
 
 class DecoderLayer(nn.Module):
@@ -305,3 +329,13 @@ def set_attention_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.dropout = probability
+
+
+def compile_layers(decoder: Decoder) -> None:
+    """Lets torch.compile fuse the operations of every layer."""
+    # Training and evaluation, with and without gradient, padded or not, make a graph each. Past its limit of 8, torch would
+    # run some eagerly, with other random numbers: GradCache's two passes over the same sentences would no longer agree.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in decoder.layers:
+        layer.compile()

@@ -24,6 +24,21 @@ def test_rotary(both, variant):
     torch.testing.assert_close(rotate(x, *tables), expected, **TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "shapes"), [(rotate, [(2, 9, 4, 16), (9, 1, 16), (9, 1, 16)]), (ours.swiglu, [(2, 9, 112)] * 2)])
+def test_one_kernel_computes_the_same(function, shapes):
+    """What CUDA gets, compiled for the CPU: values, and gradients of what has one."""
+    inputs = [torch.randn(shape) for shape in shapes]
+    results = []
+    for f in (function, torch.compile(function.__wrapped__, dynamic=True)):
+        fresh = [x.clone().requires_grad_(x.shape[0] == 2) for x in inputs]
+        y = f(*fresh)
+        y.sin().sum().backward()
+        results.append([y, *(x.grad for x in fresh if x.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
 def test_rotary_is_relative():
     q, k = torch.randn(2, 16)
     config = ours.ModelConfig(1, 16, 1, 1, 1, 1, 16)
