@@ -11,6 +11,7 @@ import argparse
 import itertools
 import os
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
@@ -24,7 +25,7 @@ from llm2vec_min.encoder import LLM2Vec
 from llm2vec_min.files import put, read_json, write_json
 from llm2vec_min.pooling import POOLING_MODES
 
-CHUNK = 64  # batches tokenized, sorted by length and written at a time: memory does not grow with the file
+CHUNK = 64  # batches (of 128 texts, if not said) tokenized, sorted by length and written at a time: memory stays flat
 NOT_IN_THE_VECTORS = ("device", "texts", "output")  # arguments that a continued run may change
 
 
@@ -38,7 +39,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--pooling", choices=POOLING_MODES, help="token states to one vector [the model's own]")
     parser.add_argument("--normalize", action="store_true", help="scale each vector to length 1")
     parser.add_argument("--dim", type=int, help="only the first so many numbers of each vector (see train.py --matryoshka)")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass [32]")
+    parser.add_argument("--batch-size", type=int, help="most texts per forward pass [as many as fill the device]")
     parser.add_argument("--max-length", type=int, help="tokens per text; longer ones are cut [the model's own, 512]")
     parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own: both ways]")
     return parser
@@ -113,7 +114,7 @@ def locked(output: Path) -> Iterator[None]:
 def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     """Writes the vectors of a file's lines, a chunk at a time, beside the output and renames it when complete. Every
     `world_size`-th chunk is this process's; chunks that an earlier run has written are skipped."""
-    output, chunk, file = Path(args.output), CHUNK * args.batch_size, Path(args.input).stat()
+    output, chunk, file = Path(args.output), CHUNK * (args.batch_size or 128), Path(args.input).stat()
     made_from = {name: value for name, value in vars(args).items() if name not in NOT_IN_THE_VECTORS}
     made_from |= {"shape": [count, args.dim or l2v.decoder.config.hidden_size], "chunk": chunk, "encoder": l2v.fingerprint()}
     made_from |= {"bytes": file.st_size, "modified": file.st_mtime}
@@ -126,20 +127,27 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     if rank() == 0 and done.any():
         print(f"continuing: {done.sum()} of {len(done)} chunks of {chunk} texts are there")
     lines = iter_lines(args.input, keep_empty=True)
-    with tqdm(total=count, desc="embedding", unit="text", disable=rank() > 0) as bar:
-        for number in range(len(done)):
-            texts, first = list(itertools.islice(lines, chunk)), number * chunk
-            if len(texts) != min(chunk, count - first):
-                raise ValueError(f"{args.input}: {first + len(texts)} lines, but {count} were counted; it changed meanwhile")
-            if number % world_size() == rank() and not done[number]:
-                rows = l2v.encode(
-                    texts, args.instruction, batch_size=args.batch_size, normalize=args.normalize, dim=args.dim
-                )
-                vectors[first : first + len(texts)] = rows
+
+    def prepare(number: int) -> list | None:
+        """The next lines of the file, tokenized; None if they are not for this process, or done."""
+        texts, first = list(itertools.islice(lines, chunk)), number * chunk
+        if len(texts) != min(chunk, count - first):
+            raise ValueError(f"{args.input}: {first + len(texts)} lines, but {count} were counted; it changed meanwhile")
+        return l2v.tokenize(texts, args.instruction) if number % world_size() == rank() and not done[number] else None
+
+    with tqdm(total=count, desc="embedding", unit="text", disable=rank() > 0) as bar, ThreadPoolExecutor(1) as thread:
+        ready = thread.submit(prepare, 0)
+        for number, first in enumerate(range(0, count, chunk)):
+            encoded = ready.result()
+            if number + 1 < len(done):  # tokenized while this one is computed
+                ready = thread.submit(prepare, number + 1)
+            if encoded is not None:
+                rows = l2v.encode(encoded, batch_size=args.batch_size, normalize=args.normalize, dim=args.dim)
+                vectors[first : first + len(rows)] = rows
                 vectors.flush()
                 done[number] = 1  # after its vectors are on the disk
                 done.flush()
-            bar.update(len(texts))
+            bar.update(min(chunk, count - first))
     barrier()
     if rank() == 0:
         put(part, output)
@@ -154,7 +162,7 @@ def main(argv: list[str]) -> None:
         raise ValueError("give texts to compare, or --input FILE with --output X.npy")
     if bool(args.input) != bool(args.output):
         raise ValueError("--input FILE and --output X.npy go together")
-    if args.batch_size < 1:
+    if args.batch_size is not None and args.batch_size < 1:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
     if args.output and not args.output.endswith(".npy"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npy")

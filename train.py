@@ -9,7 +9,7 @@
 """
 
 import argparse
-from dataclasses import fields
+from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
@@ -18,18 +18,18 @@ import torch
 from llm2vec_min.cli import run
 from llm2vec_min.config import PRESETS, ModelConfig
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
-from llm2vec_min.device import barrier, pick_dtype, rank, start_process, stop_process
+from llm2vec_min.device import barrier, pick_dtype, rank, start_process, stop_process, use_deterministic
 from llm2vec_min.encoder import LLM2Vec
 from llm2vec_min.evaluation import sts_score
-from llm2vec_min.files import write_json
+from llm2vec_min.files import read_json, write_json
 from llm2vec_min.hub import find_preset, resolve_data
 from llm2vec_min.lora import add_lora
-from llm2vec_min.model import LanguageModel, init_weights
+from llm2vec_min.model import LanguageModel, compile_layers, init_weights
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import distributed, memory
 from llm2vec_min.training.flags import build_parser, check, default_data, in_force
 from llm2vec_min.training.loop import (
-    Settings, finish_output, has_checkpoint, identify, is_finished, plan_output,
+    ARGUMENTS, Settings, finish_output, has_checkpoint, identify, is_finished, plan_output,
 )  # fmt: skip
 from llm2vec_min.training.mntp import train_mntp
 from llm2vec_min.training.pretrain import pretrain, train_tokenizer
@@ -37,6 +37,9 @@ from llm2vec_min.training.simcse import train_simcse
 from llm2vec_min.training.supervised import train_supervised
 from llm2vec_min.training.triplets import draw, read_triplets
 from llm2vec_min.weights import save_checkpoint
+
+
+FITTED = ("gradient_checkpointing", "micro_batch_size")  # the settings that are chosen for the memory at hand
 
 
 def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
@@ -106,8 +109,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
     l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
-        for layer in l2v.decoder.layers:
-            layer.compile()
+        compile_layers(l2v.decoder)
     counts = [sum(p.numel() for p in l2v.decoder.parameters() if p.requires_grad or not only) for only in (False, True)]
     if rank() == 0:
         print(f"{counts[0]:,} parameters in the decoder, {counts[1]:,} ({counts[1] / counts[0]:.2%}) trained")
@@ -130,6 +132,22 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         l2v.save_run(work, args.stage)
 
 
+def fit_memory(args: argparse.Namespace, settings: Settings, said: set, device: torch.device) -> Settings:
+    """Checkpointing and micro-batch for the free memory of a GPU, where the user has not said; a resumed run keeps its own."""
+    before = [path for path in (Path(f"{args.output}.part", ARGUMENTS), Path(args.output, ARGUMENTS)) if path.is_file()]
+    if args.resume and before:
+        settings = replace(settings, **{n: read_json(before[0])[n] for n in FITTED if n not in said})
+    else:
+        config, machine = memory.shape_of_run(args.model, settings, args.device, args.dtype, args.shard)
+        free = memory.free_memory(device)
+        settings = memory.fit(config, settings, args.stage, free, said, **machine)
+        if rank() == 0 and len(said) < len(FITTED):
+            print(f"for {free / 1e9:.0f} GB: " + ", ".join(f"--{n.replace('_', '-')} {getattr(settings, n)}" for n in FITTED))
+    for name in FITTED:
+        setattr(args, name, getattr(settings, name))
+    return settings
+
+
 def main(argv: list[str]) -> None:
     parser = build_parser(argv, __doc__)
     args = parser.parse_args(argv)
@@ -139,7 +157,13 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         print(memory.describe(memory.plan_run(*shape)))
         return
+    if args.deterministic:
+        use_deterministic()
     device = start_process(args.device)
+    if device.type == "cuda" and args.stage != "pretrain":
+        given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FITTED))))
+        settings = fit_memory(args, settings, {name for name in FITTED if given[name] is not None}, device)
+        shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
     args.dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.data = args.data or default_data(args.stage, find_preset(args.preset or args.model))
     arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}

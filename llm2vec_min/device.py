@@ -18,12 +18,14 @@ def pick_device(name: str | torch.device | None) -> torch.device:
         ValueError: a device that this machine does not have.
     """
     if name is None:
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} is not available ({str(error).splitlines()[0]})") from None
+    if device.type == "cuda":
+        torch.backends.cuda.enable_cudnn_sdp(False)  # cuDNN's attention plans anew, at length, for every shape of a batch
     return device
 
 
@@ -39,6 +41,18 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
     if dtype not in DTYPES.values():
         raise ValueError(f"dtype is {name!r}, expected one of {', '.join(DTYPES)}")
     return dtype
+
+
+def use_deterministic() -> None:
+    """The same numbers in every run on a GPU too, some operations slower; one that cannot raises. Before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True)
+
+
+def to_device(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
+    """A tensor from the host. To a GPU it goes from page-locked memory, so that the host does not wait for it."""
+    on_gpu = device is not None and device.type == "cuda" and x.device.type == "cpu"
+    return x.pin_memory().to(device, non_blocking=True) if on_gpu else x.to(device)
 
 
 def start_process(device: str | None) -> torch.device:

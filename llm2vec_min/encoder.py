@@ -22,10 +22,10 @@ from .hub import find_preset, resolve
 from .lora import merge_lora
 from .model import Decoder
 from .pooling import POOLING_MODES, pool
-from .tokenizer import Tokenizer
+from .tokenizer import Encoded, Tokenizer
 from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
 
-MAX_TOKENS = (65536, 1024)  # per forward pass in `encode`: enough to fill a GPU, a CPU
+MAX_TOKENS = (16384, 1024)  # per forward pass in `encode`: enough to fill a GPU, a CPU
 LLM2VEC_CONFIG = "llm2vec_config.json"
 _mode_lock = threading.Lock()  # of the module, because a model with a lock in it cannot be copied
 
@@ -238,7 +238,7 @@ class LLM2Vec(nn.Module):
         texts: str | list,
         instruction: str | None = None,
         *,
-        batch_size: int = 32,
+        batch_size: int | None = None,
         pooling: str | None = "default",
         normalize: bool = False,
         dim: int | None = None,
@@ -247,10 +247,10 @@ class LLM2Vec(nn.Module):
         """Embeddings of any number of texts.
 
         Args:
-            texts: one text, a list of texts, or a list of [instruction, text] pairs.
+            texts: one text, a list of texts, a list of [instruction, text] pairs, or what `tokenize` made of them.
             instruction: put before each text, and not pooled; documents usually get none.
-            batch_size: most texts per forward pass. They are sorted by length, and long ones run fewer at a time, so
-                that little padding is computed.
+            batch_size: most texts per forward pass; default: as many as are a good number of tokens for the device. They
+                are sorted by length, so that little is padded.
             pooling: another than the model's own; None gives the states of each text's own tokens instead.
             normalize: scale each vector to length 1.
             dim: only the first numbers of each vector, as many; for a model that was trained with `--matryoshka`.
@@ -267,7 +267,7 @@ class LLM2Vec(nn.Module):
             raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
         with self._without_dropout():
-            return self._encode(texts, instruction, batch_size, mode, normalize, show_progress)
+            return self._encode(texts, instruction, batch_size, mode, normalize, dim, show_progress)
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
@@ -285,26 +285,30 @@ class LLM2Vec(nn.Module):
                 if self._encoding == 0:
                     self.decoder.train(self._was_training)
 
-    def _encode(self, texts, instruction, batch_size, mode, normalize, show_progress) -> np.ndarray | list[np.ndarray]:
-        encoded = self.tokenize(texts, instruction)
+    def _encode(self, texts, instruction, batch_size, mode, normalize, dim, show_progress) -> np.ndarray | list[np.ndarray]:
+        encoded = texts if texts and isinstance(texts[0], Encoded) else self.tokenize(texts, instruction)
         lengths = [len(row.ids) for row in encoded]
-        results: list = [None] * len(encoded)
+        batches = []  # (indices, their vectors, on the way to the host)
         with tqdm(total=len(encoded), desc="encoding", unit="text", disable=not show_progress) as bar:
-            for rows in sorted_batches(lengths, batch_size, MAX_TOKENS[self.device.type == "cpu"]):
+            for rows in sorted_batches(lengths, batch_size or len(encoded), MAX_TOKENS[self.device.type == "cpu"]):
                 hidden, pool_mask = self.states([encoded[i] for i in rows])
-                if mode is None:
-                    vectors = [h[m].float() for h, m in zip(hidden, pool_mask, strict=True)]
-                else:
-                    vectors = pool(hidden, pool_mask, mode)
-                for i, vector in zip(rows, vectors, strict=True):
-                    vector = vector[..., :dim]
-                    if normalize:
-                        vector = nn.functional.normalize(vector, dim=-1)
-                    results[i] = vector.cpu().numpy()
+                vectors = (hidden.float() if mode is None else pool(hidden, pool_mask, mode))[..., :dim]
+                if normalize:
+                    vectors = nn.functional.normalize(vectors, dim=-1)
+                batches.append((rows, vectors.to("cpu", non_blocking=True)))
                 bar.update(len(rows))
+        if self.device.type != "cpu":  # once, at the end: the next batch does not wait for the copy of the one before
+            torch.accelerator.synchronize(self.device)
         if mode is None:
+            results: list = [None] * len(encoded)
+            for rows, vectors in batches:
+                for i, states in zip(rows, vectors.numpy(), strict=True):
+                    results[i] = states[len(states) - lengths[i] :][encoded[i].pooled]
             return results
-        return np.stack(results) if results else np.zeros((0, dim or width), dtype=np.float32)
+        result = np.zeros((len(encoded), dim or self.decoder.config.hidden_size), dtype=np.float32)
+        for rows, vectors in batches:
+            result[rows] = vectors.numpy()
+        return result
 
     def fingerprint(self) -> str:
         """16 hex digits that differ between encoders whose vectors differ: other weights, adapters, dtype, tokenizer or

@@ -39,10 +39,11 @@ class LoRALinear(nn.Linear):
         return self.alpha / self.r
 
     def forward(self, x: Tensor) -> Tensor:
-        y = F.linear(x, self.weight, self.bias)  # (B, T, out)
-        a = dropout(x, self.dropout, self.training)
-        a = F.linear(a, self.lora_A.weight.to(x.dtype))  # (B, T, R)
-        return y + F.linear(a, self.lora_B.weight.to(x.dtype)) * self.scaling
+        rows = x.reshape(-1, self.in_features)  # (N, in)
+        y = F.linear(rows, self.weight, self.bias)  # (N, out)
+        a = F.linear(dropout(rows, self.dropout, self.training), self.lora_A.weight.to(x.dtype)) * self.scaling  # (N, R)
+        # y takes the update in place: nothing else of its size is made
+        return y.addmm_(a, self.lora_B.weight.to(x.dtype).T).view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:

@@ -9,7 +9,11 @@ Shape letters, here and in the whole package:
 
 from __future__ import annotations
 
+import functools
 import math
+import shutil
+from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +21,20 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from .config import ModelConfig
+from .device import to_device
+
+CAN_COMPILE = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))  # what torch.compile needs on CUDA
+
+
+def fused(function: Callable) -> Callable:
+    """A chain of element-wise operations as one kernel on CUDA, where each alone waits for memory; elsewhere as written."""
+    compiled = torch.compile(function, dynamic=True)
+
+    @functools.wraps(function)
+    def run(x: Tensor, *others: Tensor) -> Tensor:
+        return (compiled if x.is_cuda and CAN_COMPILE else function)(x, *others)
+
+    return run
 
 
 class RMSNorm(nn.Module):
@@ -57,6 +75,7 @@ def rotary_tables(config: ModelConfig, T: int, device=None, dtype=torch.float32)
     return torch.cat([cos, cos], dim=-1).to(dtype), torch.cat([-sin, sin], dim=-1).to(dtype)
 
 
+@fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     """Turns the pairs (x[i], x[i + D/2]) of every head by their position's angles; (B, heads, T, D) -> the same.
 
@@ -86,8 +105,6 @@ def attention_mask(
     if padding_mask is None and not windowed:
         return None
     if not causal and not windowed:
-        if not padding_mask.any(dim=1).all():
-            raise ValueError("a row of the batch has no real token")
         return padding_mask[:, None, None, :]  # (B, 1, 1, T): the same keys for every query
 
     position = torch.arange(T, device=device if padding_mask is None else padding_mask.device)
@@ -148,6 +165,13 @@ def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, n
 # ---- The decoder, bottom up ----
 
 
+def pad(x: Tensor, real: Tensor, B: int, T: int) -> Tensor:
+    """(N, ...) of the real tokens, `real` (N,) their positions in B rows of T -> (B, T, ...), zeros in between."""
+    padded = x.new_zeros(B * T, *x.shape[1:])
+    padded[real] = x
+    return padded.unflatten(0, (B, T))
+
+
 class Attention(nn.Module):
     """Grouped-query attention: H query heads share K key/value heads."""
 
@@ -161,14 +185,30 @@ class Attention(nn.Module):
         self.o_proj = nn.Linear(H * D, C, bias=config.attention_bias and config.model_type != "qwen2")
         self.dropout = 0.0  # on the attention probabilities, in training only; SimCSE sets it
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool) -> Tensor:
-        B, T, _ = x.shape
-        q = self.q_proj(x).view(B, T, self.H, self.D).transpose(1, 2)  # (B, H, T, D)
-        k = self.k_proj(x).view(B, T, self.K, self.D).transpose(1, 2)  # (B, K, T, D)
-        v = self.v_proj(x).view(B, T, self.K, self.D).transpose(1, 2)  # (B, K, T, D)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, real: Tensor | None = None
+    ) -> Tensor:
+        """(B, T, C) in, the same out. With `real` (N, C): the real tokens alone, padded here, where rows meet, and nowhere
+        else; `real` says which of the B x T positions they are."""
+        q = self.q_proj(x).unflatten(-1, (self.H, self.D))  # (B, T, H, D)
+        k = self.k_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
+        v = self.v_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
+        rope = [table.unsqueeze(-2) for table in rope]  # the same for all heads; rotated before the heads move apart in memory
         q, k = rotate(q, *rope), rotate(k, *rope)
+        if real is not None:
+            q, k, v = (pad(x, real, mask.shape[0], mask.shape[-1]) for x in (q, k, v))
+        q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)  # (B, H, T, D)
-        return self.o_proj(y.transpose(1, 2).reshape(B, T, self.H * self.D))  # (B, T, C)
+        y = y.transpose(1, 2).flatten(2)  # (B, T, H * D)
+        if real is not None:
+            y = y.flatten(0, 1).index_select(0, real)  # (N, H * D)
+        return self.o_proj(y)
+
+
+@fused
+def swiglu(gate: Tensor, up: Tensor) -> Tensor:
+    """silu(gate) * up, element by element (arXiv 2002.05202)."""
+    return F.silu(gate) * up
 
 
 class MLP(nn.Module):
@@ -182,7 +222,7 @@ class MLP(nn.Module):
         self.down_proj = nn.Linear(I, C, bias=config.mlp_bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.down_proj(F.silu(self.gate_proj(x)) * self.up_proj(x))  # (B, T, I) inside
+        return self.down_proj(swiglu(self.gate_proj(x), self.up_proj(x)))  # (B, T, I) inside
 
 
 class DecoderLayer(nn.Module):
@@ -193,8 +233,10 @@ class DecoderLayer(nn.Module):
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool) -> Tensor:
-        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, real: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.self_attn(self.input_layernorm(x), rope, mask, causal, real)
         return x + self.mlp(self.post_attention_layernorm(x))
 
 
@@ -217,30 +259,42 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: (B, T) int64.
-            padding_mask: (B, T) bool, True = real token; None means that no token is padding (never: causal).
+            padding_mask: (B, T) bool, True = real token; None means that no token is padding (never: causal). Best on
+                the CPU, whatever the device is: it is looked at, and a GPU would have to be waited for.
             causal: the toggle. It has no default, so that no caller gets a direction by accident.
             all_layers: also return what enters each layer.
         Returns:
-            (B, T, C); with all_layers a list of num_hidden_layers + 1 such tensors, embeddings first.
+            (B, T, C), zeros at padding; with all_layers a list of num_hidden_layers + 1 such tensors, embeddings first.
             Rotary positions are relative, so the states of real tokens depend neither on the side of the padding
             nor on its amount.
+        Raises:
+            ValueError: a row without a real token.
         """
-        T = input_ids.shape[1]
-        x = self.embed_tokens(input_ids)  # (B, T, C)
-        rope = rotary_tables(self.config, T, x.device, x.dtype)
+        (B, T), device, real = input_ids.shape, input_ids.device, None
+        rope = rotary_tables(self.config, T, device, self.embed_tokens.weight.dtype)
+        if padding_mask is not None:  # only real tokens are computed; attention puts the padding between them
+            if not padding_mask.any(dim=1).all():
+                raise ValueError("a row of the batch has no real token")
+            real = to_device(padding_mask.flatten().nonzero().squeeze(1), device)  # (N,), numbers of positions
+            padding_mask = to_device(padding_mask, device)
+            input_ids = input_ids.flatten().index_select(0, real)  # (N,)
+            rope = tuple(table.index_select(0, real % T) for table in rope)  # (N, D)
         mask = attention_mask(
-            padding_mask, T, causal=causal, sliding_window=self.config.sliding_window, device=x.device
+            padding_mask, T, causal=causal, sliding_window=self.config.sliding_window, device=device
         )
+        x = self.embed_tokens(input_ids)  # (B, T, C), or (N, C)
         states = []
         for layer in self.layers:
             if all_layers:
                 states.append(x)
             if self.gradient_checkpointing and self.training:
-                x = checkpoint(layer, x, rope, mask, causal, use_reentrant=False)
+                x = checkpoint(layer, x, rope, mask, causal, real, use_reentrant=False)
             else:
-                x = layer(x, rope, mask, causal)
-        x = self.norm(x)
-        return [*states, x] if all_layers else x
+                x = layer(x, rope, mask, causal, real)
+        states.append(self.norm(x))
+        if real is not None:
+            states = [pad(x, real, B, T) for x in states]
+        return states if all_layers else states[0]
 
 
 class LanguageModel(nn.Module):
@@ -275,3 +329,13 @@ def set_attention_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.dropout = probability
+
+
+def compile_layers(decoder: Decoder) -> None:
+    """Lets torch.compile fuse the operations of every layer."""
+    # Training and evaluation, with and without gradient, padded or not, make a graph each. Past its limit of 8, torch would
+    # run some eagerly, with other random numbers: GradCache's two passes over the same sentences would no longer agree.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in decoder.layers:
+        layer.compile()

@@ -13,6 +13,7 @@ import tokenizers
 import torch
 from torch import Tensor
 
+from .device import to_device
 from .files import member, read_json, short
 
 AT_ONCE = 2**22  # characters tokenized at a time: `tokenizers` keeps a hundred bytes for every token
@@ -26,7 +27,7 @@ class Encoded(NamedTuple):
 
 class Batch(NamedTuple):
     input_ids: Tensor  # (B, T) int64, padded on the left
-    padding_mask: Tensor | None  # (B, T) bool, True = real token; None when nothing is padded
+    padding_mask: Tensor | None  # (B, T) bool, True = real token, on the CPU; None when nothing is padded
     pool_mask: Tensor  # (B, T) bool, True = a token of the text itself
 
 
@@ -178,21 +179,21 @@ class Tokenizer:
         return max(map(len, self.backend.get_vocab()), default=1)
 
     def collate(self, encoded: list[Encoded], device=None) -> Batch:
-        """Rows of different lengths as one batch, padded on the left to the longest."""
+        """Rows of different lengths as one batch, padded on the left to the longest; on a GPU to a multiple of 16, which is
+        what its kernels are made for, and makes few different shapes."""
         lengths = [len(row.ids) for row in encoded]
         T = max(lengths)
+        padded = min(lengths) < T
+        if padded and device is not None and torch.device(device).type == "cuda":
+            T = -(-T // 16) * 16
         input_ids = np.full((len(encoded), T), self.pad_id, dtype=np.int64)
         padding_mask, pool_mask = (np.zeros((len(encoded), T), dtype=bool) for _ in range(2))
         for b, (row, length) in enumerate(zip(encoded, lengths, strict=True)):
             input_ids[b, T - length :] = row.ids
             padding_mask[b, T - length :] = True
             pool_mask[b, T - length :] = row.pooled
-        padded = min(lengths) < T
-        return Batch(
-            torch.from_numpy(input_ids).to(device),
-            torch.from_numpy(padding_mask).to(device) if padded else None,
-            torch.from_numpy(pool_mask).to(device),
-        )
+        input_ids, pool_mask = (to_device(torch.from_numpy(x), device) for x in (input_ids, pool_mask))
+        return Batch(input_ids, torch.from_numpy(padding_mask) if padded else None, pool_mask)
 
     def decode(self, ids) -> str:
         """Text of the ids, special tokens shown."""

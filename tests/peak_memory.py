@@ -51,12 +51,28 @@ class FusedNorm(torch.autograd.Function):
         return gradient * ctx.saved_tensors[1], None
 
 
+class FusedSwiGLU(torch.autograd.Function):
+    """Keeps what one kernel for both operations keeps: its inputs."""
+
+    @staticmethod
+    def forward(ctx, gate, up):
+        ctx.save_for_backward(gate, up)
+        return gate * up
+
+    @staticmethod
+    def backward(ctx, gradient):
+        gate, up = ctx.saved_tensors
+        return gradient * up, gradient * gate
+
+
 def like_a_gpu(monkeypatch) -> None:
-    """Makes pretended CPU tensors keep what the GPU's kernels keep: dropout one byte a number, the norm no copy."""
+    """Makes pretended CPU tensors keep what the GPU's kernels keep: dropout one byte a number, the norm no copy, SwiGLU its
+    inputs."""
 
     def dropout(x, probability, training):
         return torch.native_dropout(x, probability, True)[0] if training and probability else x
 
     monkeypatch.setattr("llm2vec_min.model.dropout", dropout)
     monkeypatch.setattr("llm2vec_min.lora.dropout", dropout)
+    monkeypatch.setattr("llm2vec_min.model.swiglu", FusedSwiGLU.apply)
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight))

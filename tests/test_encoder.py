@@ -264,3 +264,25 @@ def test_fingerprint(run_folders, model_folder, tmp_path):
     randomize(retrained.decoder, seed=3)
     merge_lora(retrained.decoder)
     assert len({*same, *others, templated.fingerprint(), retrained.fingerprint()}) == len(others) + 3
+
+
+def test_tokenized_before(l2v):
+    """`embed.py` tokenizes one chunk while another is computed."""
+    encoded = l2v.tokenize(TEXTS, "Find:")
+    np.testing.assert_array_equal(l2v.encode(encoded), l2v.encode(TEXTS, "Find:"))
+
+
+def test_batches_are_cut_by_tokens(l2v, monkeypatch):
+    """Without `batch_size` as many texts as fill the device; with it never more than that."""
+    passes = []
+    monkeypatch.setattr("llm2vec_min.encoder.MAX_TOKENS", (0, 60))
+    l2v.decoder.register_forward_pre_hook(lambda module, inputs: passes.append(tuple(inputs[0].shape)))
+    texts = ["a cat"] * 50 + ["a cat " * 40]
+    l2v.encode(texts)
+    (first, length), *rest = passes
+    assert first == 1 and length > 60 and len(rest) < 10, "a text that is too long runs alone"
+    assert sum(rows for rows, _ in rest) == 50 and all(rows * length <= 60 for rows, length in rest)
+    passes.clear()
+    l2v.encode(texts, batch_size=2)
+    assert max(rows for rows, _ in passes) == 2
+    l2v.decoder._forward_pre_hooks.clear()

@@ -24,6 +24,21 @@ def test_rotary(both, variant):
     torch.testing.assert_close(rotate(x, *tables), expected, **TOLERANCE)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize(("function", "shapes"), [(rotate, [(2, 9, 4, 16), (9, 1, 16), (9, 1, 16)]), (ours.swiglu, [(2, 9, 112)] * 2)])
+def test_one_kernel_computes_the_same(function, shapes):
+    """What CUDA gets, compiled for the CPU: values, and gradients of what has one."""
+    inputs = [torch.randn(shape) for shape in shapes]
+    results = []
+    for f in (function, torch.compile(function.__wrapped__, dynamic=True)):
+        fresh = [x.clone().requires_grad_(x.shape[0] == 2) for x in inputs]
+        y = f(*fresh)
+        y.sin().sum().backward()
+        results.append([y, *(x.grad for x in fresh if x.requires_grad)])
+    for a, b in zip(*results, strict=True):
+        torch.testing.assert_close(a, b, **TOLERANCE)
+
+
 def test_rotary_is_relative():
     q, k = torch.randn(2, 16)
     config = ours.ModelConfig(1, 16, 1, 1, 1, 1, 16)
@@ -126,8 +141,26 @@ def test_mask_only_where_needed():
     assert window == [[1, 0, 0, 0], [1, 1, 0, 0], [0, 1, 1, 0], [0, 0, 1, 1]]
     window = attention_mask(None, 4, causal=False, sliding_window=1)[0, 0].int().tolist()
     assert window == [[1, 1, 0, 0], [1, 1, 1, 0], [0, 1, 1, 1], [0, 0, 1, 1]]
+
+
+def test_a_row_of_padding_alone_is_refused(both):
+    _, mine = both("llama")
     with pytest.raises(ValueError, match="no real token"):
-        attention_mask(torch.zeros(1, 3, dtype=torch.bool), 3, causal=False)
+        mine.model(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool), causal=False)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_linear_layers_see_real_tokens_only(both, causal):
+    _, mine = both("llama")
+    ids, mask = random_batch(padding="left")
+    seen = []
+    for layer in mine.model.layers:
+        layer.mlp.register_forward_hook(lambda module, inputs, output: seen.append(inputs[0].shape))
+    states = mine.model(ids, mask, causal=causal)
+    assert seen == [(mask.sum(), 64)] * 3 and not states[~mask].any()
+    seen.clear()
+    mine.model(ids, causal=causal)
+    assert seen == [(*ids.shape, 64)] * 3, "off where nothing is padded"
 
 
 def test_direction_must_be_said(both):
@@ -203,7 +236,7 @@ def test_known_bugs_break_parity(both, monkeypatch):
         patch.setattr(ours, "rotate", interleaved)
         assert error() > 0.5, "interleaved rotary pairs"
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "attention_mask", lambda *a, **k: None)
+        patch.setattr(ours, "attention_mask", lambda m, T, **k: torch.ones(len(m), 1, 1, T, dtype=torch.bool))
         assert error() > 0.5, "ignored padding"
     with monkeypatch.context() as patch:
         patch.setattr(ours, "attention_mask", lambda m, T, **k: attention_mask(m, T, causal=True))

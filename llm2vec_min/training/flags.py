@@ -129,6 +129,8 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
         "command plans for 8 processes", action="store_true", default=False)  # fmt: skip
     add(group, "--shard", "spread the frozen base over the processes of torchrun (FSDP2): for models larger than one GPU",
         action="store_true", default=False)  # fmt: skip
+    add(group, "--deterministic", "the same weights in every run on a GPU too, and after --resume; a little slower (a CPU needs no "
+        "such flag)", action="store_true", default=False)  # fmt: skip
     add(group, "--compile", "fuse operations with torch.compile: slow first steps, faster ones then", action="store_true",
         default=False)  # fmt: skip
 

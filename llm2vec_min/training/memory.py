@@ -6,12 +6,14 @@ Counted from what autograd keeps for the backward pass, tensor by tensor, as `mo
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from collections.abc import Container
+from dataclasses import dataclass, replace
 
 import torch
+import torch.distributed as dist
 
 from ..config import ModelConfig
-from ..device import DTYPES
+from ..device import DTYPES, world_size
 from ..hub import resolve
 from .loop import Settings
 from .mntp import LOGITS_AT_ONCE
@@ -64,13 +66,14 @@ def kept_per_token(config: ModelConfig, settings: Settings, size: int, on_gpu: b
 
     Args:
         size: bytes of one number in the base's dtype.
-        on_gpu: the CPU's norm keeps its input in float32, and its dropout a factor where a GPU keeps a byte.
+        on_gpu: the CPU's norm keeps its input in float32, its dropout a factor where a GPU keeps a byte, and silu(gate), which
+            a GPU's one kernel for SwiGLU computes again.
     """
     C, I = config.hidden_size, config.intermediate_size
     q, kv = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
     norms = 2 * C * (size if on_gpu else 4)  # what enters each
     attention = (q + 2 * kv + q) * size + 4 * config.num_attention_heads  # q, k, v, the result, one sum per head
-    swiglu = 3 * I * size  # gate, silu(gate), up
+    swiglu = (2 if on_gpu else 3) * I * size  # gate, up, silu(gate)
     if settings.lora_dropout:  # each adapter's own input, and which numbers were kept
         adapters = (3 * C + q + 2 * C + I) * (size + (1 if on_gpu else size))
     else:  # q, k, v share theirs, gate and up too
@@ -146,8 +149,32 @@ def plan(
     return Plan(layers + count["embedding"] + C + head, adapter, total, operations, memory, lower)
 
 
-def plan_run(model: str, stage: str, settings: Settings, device: str | None, dtype: str | None, sharded: bool) -> Plan:
-    """The plan of what train.py was told, from the model's config.json alone; `WORLD_SIZE` counts the processes.
+def fit(config: ModelConfig, settings: Settings, stage: str, free: float, said: Container[str] = (), **machine) -> Settings:
+    """The settings with the checkpointing and the micro-batch that are fastest (fewest operations, then fewest passes) of
+    those that fit.
+
+    Args:
+        free: bytes; a tenth of them is left alone.
+        said: which of `gradient_checkpointing` and `micro_batch_size` are to stay as they are.
+        machine: as for `plan`.
+    """
+    share = settings.batch_size // machine.get("processes", 1)
+    sizes = [0, *(share >> n for n in range(1, share.bit_length()))]  # all, half, a quarter ... one
+    sizes = [settings.micro_batch_size] if "micro_batch_size" in said else sizes
+    kinds = [settings.gradient_checkpointing] if "gradient_checkpointing" in said else [False, True]
+    ways = [replace(settings, micro_batch_size=size, gradient_checkpointing=kind) for size in sizes for kind in kinds]
+    plans = [plan(config, way, stage, **machine) for way in ways]
+    smallest = min(p.peak for p in plans)
+    costs = [
+        (sum(p.operations.values()), -(way.micro_batch_size or share), i)
+        for i, (p, way) in enumerate(zip(plans, ways, strict=True))
+        if p.peak <= max(0.9 * free, smallest)
+    ]
+    return ways[min(costs)[-1]]
+
+
+def shape_of_run(model: str, settings: Settings, device: str | None, dtype: str | None, sharded: bool) -> tuple[ModelConfig, dict]:
+    """The model's config and the machine, as `plan` and `fit` take them; `WORLD_SIZE` counts the processes.
 
     Raises:
         ValueError: no such model.
@@ -156,7 +183,21 @@ def plan_run(model: str, stage: str, settings: Settings, device: str | None, dty
     processes = int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
     size = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")].itemsize
-    return plan(config, settings, stage, size=size, processes=processes, sharded=sharded, on_gpu=on_gpu)
+    return config, dict(size=size, processes=processes, sharded=sharded, on_gpu=on_gpu)
+
+
+def plan_run(model: str, stage: str, settings: Settings, *shape) -> Plan:
+    """The plan of what train.py was told, from the model's config.json alone; `shape` as for `shape_of_run`."""
+    config, machine = shape_of_run(model, settings, *shape)
+    return plan(config, settings, stage, **machine)
+
+
+def free_memory(device: torch.device) -> int:
+    """Bytes that a GPU has left; of several processes' GPUs the least."""
+    free = torch.tensor(torch.cuda.mem_get_info(device)[0], device=device)
+    if world_size() > 1:
+        dist.all_reduce(free, dist.ReduceOp.MIN)
+    return int(free)
 
 
 def is_out_of_memory(error: RuntimeError) -> bool:

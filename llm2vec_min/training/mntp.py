@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..data import batches
+from ..device import to_device
 from ..encoder import LLM2Vec
 from ..model import Decoder
 from ..tokenizer import Tokenizer
@@ -74,11 +75,12 @@ def mask_tokens(
 
 def chosen_states(decoder: Decoder, masked_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """For the M chosen positions, the states that predict them (M, C), each one position to the left of its token, and
-    the true ids (M,)."""
+    the true ids (M,). Labels on the CPU save a GPU's host from waiting to learn what M is."""
     hidden = decoder(masked_ids, causal=False)  # (B, T, C)
-    targets = labels[:, 1:]  # position 0 has no predecessor
-    chosen = targets != IGNORED  # (B, T-1)
-    return hidden[:, :-1][chosen], targets[chosen]
+    chosen = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # (B * T,): what the next token is; position 0 has no predecessor
+    where = (chosen != IGNORED).nonzero().squeeze(1)  # (M,)
+    targets = to_device(chosen[where], hidden.device)
+    return hidden.flatten(0, 1).index_select(0, to_device(where, hidden.device)), targets
 
 
 def mntp_logits(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
@@ -116,14 +118,14 @@ def held_out_score(l2v: LLM2Vec, blocks: np.ndarray, settings: Settings) -> dict
     generator = torch.Generator().manual_seed(settings.seed)
     # all at once: the masks, and so the score, do not depend on the batch size
     masked_ids, labels = mask_tokens(torch.from_numpy(blocks).long(), **masking(l2v, settings), generator=generator)
-    loss, right, count = 0.0, 0, 0
+    loss, right, count = 0.0, 0, 0  # the first two stay on the device until the end
     size = settings.micro_batch_size or settings.batch_size
-    for rows in zip(masked_ids.split(size), labels.split(size), strict=True):
-        logits, targets = mntp_logits(l2v.decoder, l2v.lm_head, *(x.to(l2v.device) for x in rows))
-        loss += F.cross_entropy(logits, targets, reduction="sum").item()
-        right += (logits.argmax(-1) == targets).sum().item()
+    for ids, wanted in zip(masked_ids.split(size), labels.split(size), strict=True):
+        logits, targets = mntp_logits(l2v.decoder, l2v.lm_head, to_device(ids, l2v.device), wanted)
+        loss = loss + F.cross_entropy(logits, targets, reduction="sum")
+        right = right + (logits.argmax(-1) == targets).sum()
         count += len(targets)
-    return {"held_out_loss": loss / max(1, count), "held_out_accuracy": right / max(1, count)}
+    return {"held_out_loss": float(loss) / max(1, count), "held_out_accuracy": float(right) / max(1, count)}
 
 
 def masking(l2v: LLM2Vec, settings: Settings) -> dict:
@@ -184,8 +186,8 @@ def train_mntp(
         count, total = max(1, int((labels != IGNORED).sum())), 0.0
         for part, rows in enumerate(loop.micro_batches()):
             loop.seed_dropout(part)
-            where = l2v.device
-            loss = mntp_loss(l2v.decoder, l2v.lm_head, masked_ids[rows].to(where), labels[rows].to(where), count)
+            ids_in = to_device(masked_ids[rows], l2v.device)
+            loss = mntp_loss(l2v.decoder, l2v.lm_head, ids_in, labels[rows], count)
             loss.backward()
             total = total + loss.detach()
         loop.update(total, ids.numel())

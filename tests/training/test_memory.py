@@ -1,5 +1,7 @@
 """The prediction against what autograd really keeps, for the real shapes, with tensors that are only pretended."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from peak_memory import PeakMemory, like_a_gpu
@@ -8,7 +10,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
 from llm2vec_min.lora import add_lora
-from llm2vec_min.training.memory import count_adapter, count_parameters, plan
+from llm2vec_min.training.memory import count_adapter, count_parameters, fit, plan
 from llm2vec_min.training.mntp import mntp_loss
 from llm2vec_min.model import Decoder, set_attention_dropout
 from llm2vec_min.training.loop import Settings
@@ -147,3 +149,22 @@ def test_gradcache_costs_a_forward_pass():
     extra = sum(cached.operations.values()) - sum(whole.operations.values())
     assert extra == pytest.approx(whole.operations["forward"])
     assert cached.peak < 0.4 * whole.peak
+
+
+def test_the_fastest_way_that_fits():
+    """7B on 80 GB: several passes cost nothing, checkpointing a third more; on 16 GB it needs both, on 2 nothing helps."""
+    config, small = make_config(*SHAPES["llama-2-7b"]), make_config(*SHAPES["1.3b"])
+    settings = Settings()
+    on_80, on_16, on_2 = (fit(config, settings, "mntp", free) for free in (80e9, 17e9, 2e9))
+    assert not on_80.gradient_checkpointing and 1 < on_80.micro_batch_size < 32
+    twice = replace(on_80, micro_batch_size=2 * on_80.micro_batch_size)
+    assert plan(config, on_80, "mntp").peak < 72e9 < plan(config, twice, "mntp").peak
+    assert on_16.gradient_checkpointing and plan(config, on_16, "mntp").peak < 0.9 * 17e9
+    assert on_2.gradient_checkpointing and on_2.micro_batch_size == 1
+    assert not fit(small, settings, "mntp", 80e9).gradient_checkpointing
+    twins = Settings(batch_size=128, max_length=128)
+    chosen = fit(small, twins, "simcse", 80e9)  # GradCache and checkpointing cost the same; one of them is enough
+    assert bool(chosen.micro_batch_size) + chosen.gradient_checkpointing == 1
+    told = replace(settings, micro_batch_size=8, gradient_checkpointing=True)
+    said = fit(config, told, "mntp", 80e9, {"micro_batch_size", "gradient_checkpointing"})
+    assert said == told, "what the user has said stays"
