@@ -5,10 +5,13 @@
 
 The rungs: causal; bidirectional untrained; + MNTP; + SimCSE (all of LLM2Vec); and the two shortcuts, SimCSE on the causal
 model and on the bidirectional one without MNTP. Scored on the shipped pairs and on every .tsv file (score, sentence,
-sentence) of the folder that LLM2VEC_MIN_STS names; ladder.json in --output holds what is measured so far. Other flags go to both stages of train.py; `--mntp "..."` and `--simcse "..."` go to one.
+sentence) of the folder that LLM2VEC_MIN_STS names. Other flags go to all stages of train.py, `--mntp "..."` and
+`--simcse "..."` to one. The same command continues a ladder that was stopped; ladder.json in --output holds what is
+measured so far.
 """
 
 import argparse
+import json
 import os
 import shlex
 import statistics
@@ -26,6 +29,7 @@ from llm2vec_min.evaluation import sts_score
 from llm2vec_min.files import write_json
 
 RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE", "bidirectional + SimCSE")
+NAMES = {"bidirectional": "bidirectional, untrained", "+ SimCSE": "**+ SimCSE = LLM2Vec**"}
 
 
 def main() -> None:
@@ -46,42 +50,53 @@ def main() -> None:
     if "LLM2VEC_MIN_STS" in os.environ:
         found = sorted(Path(os.environ["LLM2VEC_MIN_STS"]).glob("*.tsv"))
         sets |= {p.stem: p for p in found if (p.stem in args.sets if args.sets else not p.stem.endswith("_train"))}
-    scores: dict[str, list[dict]] = {rung: [] for rung in RUNGS}
-    seconds: dict[str, float] = {}
+    results = output / "ladder.json"
+    done = json.loads(results.read_text()) if results.is_file() else {}
+    scores = {rung: done.get("scores", {}).get(rung, {}) for rung in RUNGS}  # rung -> seed -> set -> score
+    seconds = done.get("seconds", {})  # of training, rung -> seed
 
-    def measure(rung: str, model: str, **options) -> None:
-        l2v = LLM2Vec.from_pretrained(model, dtype=args.dtype, **options)
-        scores[rung].append({name: sts_score(l2v, path) for name, path in sets.items()})
-        print(f"{rung}: {scores[rung][-1]}", flush=True)
-        output.mkdir(parents=True, exist_ok=True)
-        write_json(output / "ladder.json", {"arguments": vars(args), "scores": scores, "seconds": seconds})
+    def measure(rung: str, seed: int, model: str, **options) -> None:
+        if scores[rung].get(str(seed), {}).keys() != sets.keys():
+            l2v = LLM2Vec.from_pretrained(model, dtype=args.dtype, **options)
+            scores[rung][str(seed)] = {name: sts_score(l2v, path) for name, path in sets.items()}
+            print(f"{rung}, seed {seed}: {scores[rung][str(seed)]}", flush=True)
+            output.mkdir(parents=True, exist_ok=True)
+            write_json(results, {"command": " ".join(sys.argv), "scores": scores, "seconds": seconds})
 
     def stage(rung: str, name: str, seed: int, flags: list[str]) -> str:
-        folder = str(output / f"{name}-{seed}")
-        started = time.perf_counter()
-        train.main([*flags, "--output", folder, "--seed", str(seed), "--dtype", args.dtype, "--overwrite", *common])
-        seconds[rung] = time.perf_counter() - started
-        measure(rung, folder)
+        folder, started = str(output / f"{name}-{seed}"), time.perf_counter()
+        train.main([*flags, "--output", folder, "--seed", str(seed), "--dtype", args.dtype, "--resume", *common])
+        if str(seed) not in scores[rung]:
+            seconds.setdefault(rung, {})[str(seed)] = round(time.perf_counter() - started)
+        measure(rung, seed, folder)
         return folder
 
-    measure("causal", args.model, causal=True)
-    measure("bidirectional", args.model)
+    measure("causal", 0, args.model, causal=True)
+    measure("bidirectional", 0, args.model)
     for seed in args.seeds:
         simcse = ["--stage", "simcse", *shlex.split(args.simcse)]
         mntp = stage("+ MNTP", "mntp", seed, ["--stage", "mntp", "--model", args.model, *shlex.split(args.mntp)])
         stage("+ SimCSE", "simcse", seed, [*simcse, "--model", mntp])
         stage("causal + SimCSE", "causal-simcse", seed, [*simcse, "--model", args.model, "--causal"])
         stage("bidirectional + SimCSE", "bidirectional-simcse", seed, [*simcse, "--model", args.model])
+    print("\n".join(table(json.loads(results.read_text()))))
 
-    print(f"\n| {args.model}, {len(args.seeds)} seed(s) | " + " | ".join(sets) + " | training (s) |")
-    print("|---" * (len(sets) + 2) + "|")
-    for rung in RUNGS:
-        cells = []
-        for name in sets:
-            values = [row[name] for row in scores[rung]]
-            spread = f" ± {statistics.stdev(values):.1f}" if len(values) > 1 else ""
-            cells.append(f"{statistics.mean(values):.1f}{spread}")
-        print(f"| {rung} | " + " | ".join(cells) + f" | {seconds.get(rung, 0):.0f} |")
+
+def table(results: dict) -> list[str]:
+    """The lines of a Markdown table: mean and, of several seeds, standard deviation."""
+    sets = list(results["scores"]["causal"]["0"])
+    judged = [name for name in sets if name != "shipped"]
+    names = {"shipped": "shipped pairs", "stsb_dev": "STS-B dev"}
+    heads = [names.get(name, name.upper()) for name in judged] + ["mean"] * bool(judged) + ["shipped pairs"] * ("shipped" in sets)
+    lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
+    for rung, seeds in results["scores"].items():
+        columns = [[row[name] for row in seeds.values()] for name in judged]
+        columns += [[statistics.mean(values) for values in zip(*columns, strict=True)]] * bool(judged)
+        columns += [[row["shipped"] for row in seeds.values()]] * ("shipped" in sets)
+        cells = [f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "") for v in columns]
+        if seeds:
+            lines.append(f"| {NAMES.get(rung, rung)} | " + " | ".join(cells) + " |")
+    return lines
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ TOP, BASE = 78, 330
 def rungs() -> dict[str, float]:
     """Mean Spearman x 100 over the five sets (and the seeds) of each rung."""
     scores = json.loads(RESULTS.read_text())["scores"]
-    return {rung: mean(mean(row[name] for name in SETS) for row in rows) for rung, rows in scores.items() if rows}
+    return {rung: mean(mean(row[name] for name in SETS) for row in seeds.values()) for rung, seeds in scores.items() if seeds}
 
 
 def text(x, y, content, color, size=14, anchor="middle", weight=400) -> str:
