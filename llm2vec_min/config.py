@@ -166,8 +166,9 @@ PAPER = {
 }  # fmt: skip
 # So that each fits into 24 GB (`--dry-run`). What is trained is the same.
 SMALL = (dict(micro_batch_size=8), dict(gradient_checkpointing=True), dict(micro_batch_size=8))  # 1-2B; stages 1, 2, 3
-BIG = tuple(dict(gradient_checkpointing=True, micro_batch_size=size) for size in (8, 32, 8))  # 3-8B
-MISTRAL = (BIG[0] | dict(mask_probability=0.8, mask_style="all"), *BIG[1:])
+_BIG, _CONTRASTIVE = (dict(gradient_checkpointing=True, micro_batch_size=size) for size in (8, 32))
+BIG = (_BIG, _CONTRASTIVE, _BIG)  # 3-8B
+MISTRAL = (_BIG | dict(mask_probability=0.8, mask_style="all"), _CONTRASTIVE, _BIG)
 CHAT = ("[INST] ", " [/INST]")
 LLAMA_3_CHAT = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
 PRESETS = {

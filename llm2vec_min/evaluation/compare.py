@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -22,8 +23,8 @@ from .sentences import Score
 
 # kind -> (how its file is read, how it is scored)
 KINDS: dict[str, tuple[Callable, Callable]] = {
-    "sts": (sentences.read_pairs, lambda *a: sentences.score_pairs(*a, "spearman")),
-    "pairs": (sentences.read_binary_pairs, lambda *a: sentences.score_pairs(*a, "average_precision")),
+    "sts": (sentences.read_pairs, partial(sentences.score_pairs, metric="spearman")),
+    "pairs": (sentences.read_binary_pairs, partial(sentences.score_pairs, metric="average_precision")),
     "classification": (sentences.read_classification, sentences.score_classification),
     "clustering": (sentences.read_labelled, sentences.score_clustering),
     "retrieval": (sentences.read_retrieval, sentences.score_retrieval),

@@ -91,7 +91,7 @@ def ndcg(gains: np.ndarray, judged: np.ndarray, k: int = 10) -> float:
 
 def recall(gains: np.ndarray, judged: np.ndarray, k: int = 100) -> float:
     """Share of the relevant documents that is among the first k; arguments as `ndcg`'s; 0 when nothing is relevant."""
-    return float(np.sum(gains[:k] > 0) / max(1, np.sum(judged > 0)))
+    return float(np.sum(gains[:k] > 0) / max(1, int(np.sum(judged > 0))))
 
 
 def spans(tags: list[str]) -> set[tuple[str, int, int]]:

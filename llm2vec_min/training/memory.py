@@ -38,7 +38,7 @@ class Plan:
 
     @property
     def largest(self) -> str:
-        return max(self.memory, key=self.memory.get)
+        return max(self.memory, key=lambda item: self.memory[item])
 
 
 def count_parameters(config: ModelConfig) -> dict[str, int]:

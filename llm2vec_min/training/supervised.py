@@ -67,7 +67,8 @@ def supervised_loss(vectors: Tensor, counted: Tensor, temperature: float = 0.02,
     """
     queries, candidates = vectors.split(counted.shape)
     sizes = [*matryoshka, vectors.shape[1]]
-    return sum(info_nce(queries[:, :size], candidates[:, :size], temperature, counted) for size in sizes) / len(sizes)
+    losses = [info_nce(queries[:, :size], candidates[:, :size], temperature, counted) for size in sizes]
+    return torch.stack(losses).mean()
 
 
 def share_out(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
