@@ -42,7 +42,9 @@ def files(tmp_path_factory):
     (folder / "train.tsv").write_text("".join(rows[:24]))
     (folder / "test.tsv.gz").write_bytes(gzip.compress("".join(rows[24:]).encode()))
     (folder / "clusters.tsv.xz").write_bytes(lzma.compress("".join(rows).encode()))
-    corpus = [{"_id": f"d{i}", "title": "" if i % 2 else "Title", "text": text} for i, text in enumerate(SECOND + ANIMALS + SECOND)]
+    corpus = [
+        {"_id": f"d{i}", "title": "" if i % 2 else "Title", "text": text} for i, text in enumerate(SECOND + ANIMALS + SECOND)
+    ]
     (folder / "corpus.jsonl.xz").write_bytes(lzma.compress("\n".join(map(json.dumps, corpus)).encode()))
     (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": f"q{i}", "text": t}) for i, t in enumerate(FIRST)))
     judged = [(f"q{i}", f"d{j}", (i * j) % 3) for i in range(5) for j in range(i, 18, 4)]
@@ -155,7 +157,9 @@ def test_instructions_reach_both_sides(l2v, files):
 
 
 def test_limit_draws_from_the_whole_file(tmp_path, l2v):
-    lines = [f"{label}\t{text} {i}" for label, text in (("a", ANIMALS[0]), ("b", MONEY[0])) for i in range(40)]  # sorted by label
+    lines = [
+        f"{label}\t{text} {i}" for label, text in (("a", ANIMALS[0]), ("b", MONEY[0])) for i in range(40)
+    ]  # sorted by label
     (tmp_path / "x.tsv").write_text("\n".join(lines))
     task = f"classification:{tmp_path}/x.tsv,{tmp_path}/x.tsv"
     assert value(l2v, task, "accuracy", limit=20) == 100 and value(l2v, task, "macro_f1", limit=20) == 100
@@ -246,7 +250,9 @@ def test_command(files, tmp_path, capsys):
 def test_undefined_scores_are_null(tmp_path, capsys):
     (tmp_path / "p.tsv").write_text("1\ta cat\ta dog\n1\ta dog\ta cat\n")  # one gold score
     main(["--tasks", f"sts:{tmp_path}/p.tsv", "--json", str(tmp_path / "o.json"), "--device", "cpu"])
-    assert json.loads((tmp_path / "o.json").read_text())[f"sts:{tmp_path}/p.tsv"]["spearman"] == dict.fromkeys(("value", "low", "high"))
+    assert json.loads((tmp_path / "o.json").read_text())[f"sts:{tmp_path}/p.tsv"]["spearman"] == dict.fromkeys(
+        ("value", "low", "high")
+    )
     assert "undefined" in capsys.readouterr().out
 
 
