@@ -38,7 +38,6 @@ TEXTS = [
 ]
 LONG = " ".join(TEXTS * 3)
 INSTRUCTION = "Retrieve texts that mean the same:"
-MARKER = "\x1f"  # ends the prompts of an export, and is no part of the instruction
 MOST_TOKENS = 2048  # the longest text that is tried
 Encode = Callable[..., np.ndarray]  # (texts, instruction=None) -> (N, C), all texts in one batch or request
 

@@ -91,7 +91,7 @@ def read_classification(paths: str) -> tuple[dict, dict]:
 
 
 def two_files(paths: str) -> list[str]:
-    """ "TRAIN,TEST" as two names; ValueError for another number of them."""
+    """The two names of TRAIN,TEST; ValueError for another number of them."""
     names = paths.split(",")
     if len(names) != 2 or not all(names):
         raise ValueError(f"{paths!r}: expected two files, TRAIN,TEST")
