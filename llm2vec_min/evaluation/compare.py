@@ -83,7 +83,7 @@ def paired(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray]) ->
 
 
 def read_tasks(names: list[str], instructions: dict[str, str] | None = None) -> dict[str, tuple[str, object]]:
-    """"KIND:PATH" -> (kind, what its files hold): all that can be wrong with them, before a model is loaded.
+    """Each KIND:PATH as (kind, what its files hold): all that can be wrong with them, before a model is loaded.
 
     Raises:
         ValueError: a kind that does not exist (lists those that do), or files that are not of its form.

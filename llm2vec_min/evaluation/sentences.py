@@ -91,7 +91,7 @@ def read_classification(paths: str) -> tuple[dict, dict]:
 
 
 def two_files(paths: str) -> list[str]:
-    """"TRAIN,TEST" as two names; ValueError for another number of them."""
+    """The two names of TRAIN,TEST; ValueError for another number of them."""
     names = paths.split(",")
     if len(names) != 2 or not all(names):
         raise ValueError(f"{paths!r}: expected two files, TRAIN,TEST")
@@ -104,8 +104,9 @@ def read_jsonl(path: str | Path, **fields: type) -> Iterator[tuple[int, dict]]:
     for number, line in numbered_lines(path):
         try:
             record = json.loads(line) if line else None
+            json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair, as a cut string leaves it, is no text
             whole = record is None or all(isinstance(record[name], kind) for name, kind in fields.items())
-        except (json.JSONDecodeError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError):
             whole = False
         if not whole:
             raise ValueError(f"{path}:{number}: found {line[:60]!r}, expected a JSON object with {shown}")

@@ -87,7 +87,9 @@ def noisy(l2v):
 
 
 def not_a_number(l2v):
-    return lambda texts, instruction=None: as_encode(l2v)(texts, instruction) * np.where(np.array(texts) == "Rain", np.nan, 1)[:, None]
+    return lambda texts, instruction=None: (
+        as_encode(l2v)(texts, instruction) * np.where(np.array(texts) == "Rain", np.nan, 1)[:, None]
+    )
 
 
 def other_weights(l2v):
@@ -102,18 +104,30 @@ def words_cut(l2v):
 
 
 BROKEN = {
-    "causal": (lambda l2v: as_encode(l2v, causal=True), "direction", "these are vectors of causal attention, meant is bidirectional"),
+    "causal": (
+        lambda l2v: as_encode(l2v, causal=True),
+        "direction",
+        "these are vectors of causal attention, meant is bidirectional",
+    ),
     "max pooling": (lambda l2v: as_encode(l2v, pooling="max"), "pooling", "of max pooling, meant is mean"),
     "last pooling": (lambda l2v: as_encode(l2v, pooling="last"), "pooling", "of last pooling, meant is mean"),
     "BOS pooled": (everything_pooled, "special tokens", "BOS or template, pooled like text"),
     "instruction pooled": (instruction_pooled, "instruction", "it is pooled like text"),
-    "instruction lost": (lambda l2v: lambda texts, instruction=None: as_encode(l2v)(texts), "instruction", "it changes nothing"),
+    "instruction lost": (
+        lambda l2v: lambda texts, instruction=None: as_encode(l2v)(texts),
+        "instruction",
+        "it changes nothing",
+    ),
     "padding": (padded, "padding", "each beside a long text"),
     "order": (sorted_and_left_so, "order", "in the reverse order"),
     "batch": (centred_on_the_batch, "batch size", "each text alone"),
     "dropout": (noisy, "repeatable", "the same texts once more"),
     "not a number": (not_a_number, "numbers", "lengths from nan"),
-    "other size": (lambda l2v: lambda texts, instruction=None: as_encode(l2v)(texts)[:, :9], "numbers", "vectors of shape (6, 9)"),
+    "other size": (
+        lambda l2v: lambda texts, instruction=None: as_encode(l2v)(texts)[:, :9],
+        "numbers",
+        "vectors of shape (6, 9)",
+    ),
     "other weights": (other_weights, "agreement", "with the plain computation"),
     "cut": (words_cut, "length", "texts are cut after about 2"),
 }
@@ -127,14 +141,18 @@ def test_broken(l2v, name):
     assert check in failed(checks), checks
     assert detail in next(c.detail for c in checks if c.name == check)
     if name in ALONE:
-        assert failed(checks) <= {check, "agreement"} | ({"instruction"} if check in ("direction", "pooling") else set()), checks
+        assert failed(checks) <= {check, "agreement"} | ({"instruction"} if check in ("direction", "pooling") else set()), (
+            checks
+        )
 
 
 @pytest.mark.parametrize("kind", ["llama-2", "mistral", "llama-3", "smollm2"])
 @pytest.mark.parametrize("pooling", POOLING_MODES)
 def test_sound(tmp_path, kind, pooling):
     make_reference("llama", vocab_size=600).save_pretrained(tmp_path)
-    l2v = LLM2Vec.from_pretrained(write_tokenizer(tmp_path, kind), device="cpu", pooling=pooling, max_length=180, causal=kind == "mistral")
+    l2v = LLM2Vec.from_pretrained(
+        write_tokenizer(tmp_path, kind), device="cpu", pooling=pooling, max_length=180, causal=kind == "mistral"
+    )
     if kind == "llama-3":
         l2v.template = PRESETS["llama-3-8b"].template
     checks = doctor.examine(as_encode(l2v), l2v)
@@ -161,7 +179,11 @@ def exported(l2v, tmp_path_factory):
 
 def test_through_sentence_transformers(exported, tmp_path, capsys):
     doctor.main(["--model", str(exported), "--with", "sentence-transformers", "--device", "cpu"])
-    assert "FAILED" not in (out := capsys.readouterr().out) and "not seen" not in out and "is_causal in config.json is False" in out
+    assert (
+        "FAILED" not in (out := capsys.readouterr().out)
+        and "not seen" not in out
+        and "is_causal in config.json is False" in out
+    )
     config = read_json(exported / "config.json")
     pooling = read_json(exported / "1_Pooling" / "config.json")
     try:  # as transformers < 5.2 reads it, which knows no is_causal
@@ -171,7 +193,10 @@ def test_through_sentence_transformers(exported, tmp_path, capsys):
         out = capsys.readouterr().out
         assert "FAILED    files" in out and "FAILED    direction       these are vectors of causal attention" in out
         write_json(exported / "config.json", config)
-        write_json(exported / "1_Pooling" / "config.json", pooling | {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True})
+        write_json(
+            exported / "1_Pooling" / "config.json",
+            pooling | {"pooling_mode_mean_tokens": False, "pooling_mode_max_tokens": True},
+        )
         with pytest.raises(SystemExit, match="1"):
             doctor.main(["--model", str(exported), "--with", "sentence-transformers", "--device", "cpu"])
         assert "these are vectors of max pooling" in capsys.readouterr().out

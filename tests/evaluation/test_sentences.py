@@ -42,7 +42,9 @@ def files(tmp_path_factory):
     (folder / "train.tsv").write_text("".join(rows[:24]))
     (folder / "test.tsv.gz").write_bytes(gzip.compress("".join(rows[24:]).encode()))
     (folder / "clusters.tsv.xz").write_bytes(lzma.compress("".join(rows).encode()))
-    corpus = [{"_id": f"d{i}", "title": "" if i % 2 else "Title", "text": text} for i, text in enumerate(SECOND + ANIMALS + SECOND)]
+    corpus = [
+        {"_id": f"d{i}", "title": "" if i % 2 else "Title", "text": text} for i, text in enumerate(SECOND + ANIMALS + SECOND)
+    ]
     (folder / "corpus.jsonl.xz").write_bytes(lzma.compress("\n".join(map(json.dumps, corpus)).encode()))
     (folder / "queries.jsonl").write_text("\n".join(json.dumps({"_id": f"q{i}", "text": t}) for i, t in enumerate(FIRST)))
     judged = [(f"q{i}", f"d{j}", (i * j) % 3) for i in range(5) for j in range(i, 18, 4)]
@@ -155,7 +157,9 @@ def test_instructions_reach_both_sides(l2v, files):
 
 
 def test_limit_draws_from_the_whole_file(tmp_path, l2v):
-    lines = [f"{label}\t{text} {i}" for label, text in (("a", ANIMALS[0]), ("b", MONEY[0])) for i in range(40)]  # sorted by label
+    lines = [
+        f"{label}\t{text} {i}" for label, text in (("a", ANIMALS[0]), ("b", MONEY[0])) for i in range(40)
+    ]  # sorted by label
     (tmp_path / "x.tsv").write_text("\n".join(lines))
     task = f"classification:{tmp_path}/x.tsv,{tmp_path}/x.tsv"
     assert value(l2v, task, "accuracy", limit=20) == 100 and value(l2v, task, "macro_f1", limit=20) == 100
@@ -207,13 +211,14 @@ def test_the_same_numbers_from_mteb(l2v, files):
     asked = {f"q{i}": query for i, (query, _, _) in enumerate(reranking)}
     ranked = {id: text for ids in names for id, text in ids.items()}
     judged = {id: text for id, text in queries.items() if id in qrels}
+    beir, candidates = retrieval(documents, judged, qrels), retrieval(ranked, asked, relevant, top)
     for task, metric, theirs in (
         ("sts:sts.tsv", "spearman", made(AbsTaskSTS, "STS", "cosine_spearman", table(score=GOLD), min_score=0, max_score=5)),
         ("pairs:pairs.tsv", "average_precision",
          made(AbsTaskPairClassification, "PairClassification", "cosine_ap", table(labels=[int(g > 3) for g in GOLD]))),
-        ("retrieval:.", "ndcg_at_10", made(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", retrieval(documents, judged, qrels))),
-        ("retrieval:.", "recall_at_100", made(AbsTaskRetrieval, "Retrieval", "recall_at_100", retrieval(documents, judged, qrels))),
-        ("reranking:rerank.jsonl", "map", made(AbsTaskRetrieval, "Reranking", "map_at_1000", retrieval(ranked, asked, relevant, top))),
+        ("retrieval:.", "ndcg_at_10", made(AbsTaskRetrieval, "Retrieval", "ndcg_at_10", beir)),
+        ("retrieval:.", "recall_at_100", made(AbsTaskRetrieval, "Retrieval", "recall_at_100", beir)),
+        ("reranking:rerank.jsonl", "map", made(AbsTaskRetrieval, "Reranking", "map_at_1000", candidates)),
     ):  # fmt: skip
         (result,) = mteb.evaluate(MTEBEncoder(l2v), [theirs], cache=None, co2_tracker=False).task_results
         kind, name = task.split(":")
@@ -246,11 +251,14 @@ def test_command(files, tmp_path, capsys):
 def test_undefined_scores_are_null(tmp_path, capsys):
     (tmp_path / "p.tsv").write_text("1\ta cat\ta dog\n1\ta dog\ta cat\n")  # one gold score
     main(["--tasks", f"sts:{tmp_path}/p.tsv", "--json", str(tmp_path / "o.json"), "--device", "cpu"])
-    assert json.loads((tmp_path / "o.json").read_text())[f"sts:{tmp_path}/p.tsv"]["spearman"] == dict.fromkeys(("value", "low", "high"))
+    assert json.loads((tmp_path / "o.json").read_text())[f"sts:{tmp_path}/p.tsv"]["spearman"] == dict.fromkeys(
+        ("value", "low", "high")
+    )
     assert "undefined" in capsys.readouterr().out
 
 
 CORPUS, QUERIES = '{"_id": "d", "text": "x"}\n', '{"_id": "q", "text": "x"}\n'
+BEIR = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": ""}
 
 
 @pytest.mark.parametrize(
@@ -268,17 +276,18 @@ CORPUS, QUERIES = '{"_id": "d", "text": "x"}\n', '{"_id": "q", "text": "x"}\n'
         ("classification:a,b", {"a": "x\tt\ny\n", "b": "x\tt\n"}, "a:2: found 'y', expected label<tab>text"),
         ("classification:a", {"a": "x\tt\n"}, "expected two files, TRAIN,TEST"),
         ("clustering:a", {"a": "\n\n"}, "a: no text in it"),
-        ("retrieval:.", {"corpus.jsonl": CORPUS, "qrels.tsv": "q\td\t1"}, "queries.jsonl: not found, expected it plain or with .gz or .xz"),
-        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\nq\te\t1\n"},
+        ("retrieval:.", {"corpus.jsonl": CORPUS, "qrels.tsv": "q\td\t1"}, "queries.jsonl: not found, expected it plain or"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\nq\te\t1\n"},
          "qrels.tsv:3: 'e' is no _id of corpus.jsonl"),
-        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "p\td\t1\n"}, "qrels.tsv:1: 'p' is no _id of queries"),
-        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "q\td\thigh\n"}, "qrels.tsv:1: found .*whole number"),
-        ("retrieval:.", {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement"),
-        ("retrieval:.", {"corpus.jsonl": CORPUS * 2, "queries.jsonl": QUERIES, "qrels.tsv": ""}, "corpus.jsonl:2: the _id 'd' was there"),
-        ("retrieval:.", {"corpus.jsonl": "\n", "queries.jsonl": QUERIES, "qrels.tsv": ""}, "corpus.jsonl: no text in it"),
-        ("retrieval:.", {"corpus.jsonl": '{"_id": 1, "text": "x"}', "queries.jsonl": QUERIES, "qrels.tsv": ""}, "corpus.jsonl:1: found"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "p\td\t1\n"}, "qrels.tsv:1: 'p' is no _id of queries"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "q\td\thigh\n"}, "qrels.tsv:1: found .*whole number"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement"),
+        ("retrieval:.", BEIR | {"corpus.jsonl": CORPUS * 2}, "corpus.jsonl:2: the _id 'd' was there"),
+        ("retrieval:.", BEIR | {"corpus.jsonl": "\n"}, "corpus.jsonl: no text in it"),
+        ("retrieval:.", BEIR | {"corpus.jsonl": '{"_id": 1, "text": "x"}'}, "corpus.jsonl:1: found"),
         ("reranking:a", {"a": '{"query": "x", "positive": ["y"], "negative": []}'}, "a:1: expected at least one text"),
         ("reranking:a", {"a": '{"query": "x", "positive": ["y"]}\n'}, 'a:1: found .* expected a JSON object with "query"'),
+        ("retrieval:.", BEIR | {"queries.jsonl": '{"_id": "q", "text": "\\ud83d"}'}, "queries.jsonl:1: found"),
         ("reranking:a", {"a": "[]"}, "a:1: found"),
         ("reranking:a", {"a": ""}, "a: no query in it"),
         ("summarization:a", {}, "KIND one of sts, pairs, classification, clustering, retrieval, reranking, words"),

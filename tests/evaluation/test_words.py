@@ -76,7 +76,11 @@ def test_probe_reads_what_the_state_holds(tmp_path):
     """Tags that follow from the word itself: read at the word nearly all right; one to the left of it, where the causal
     model has not yet seen it, far fewer."""
     rng = np.random.default_rng(0)
-    kinds = {"B-ANIMAL": ["cat", "dog", "horse", "bird"], "B-MONEY": ["bank", "price", "tax", "loan"], "O": ["the", "of", "and", "with"]}
+    kinds = {
+        "B-ANIMAL": ["cat", "dog", "horse", "bird"],
+        "B-MONEY": ["bank", "price", "tax", "loan"],
+        "O": ["the", "of", "and", "with"],
+    }
 
     def write(name, count):
         lines = []
