@@ -124,17 +124,21 @@ class Libraries(Ours):
         return self.sentence_transformer.encode(texts, batch_size=32)
 
 
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU (CUDA, MPS) has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def alternate(task, sides, repeats, device):
     """Median seconds of each side and the median of the pairwise ratios, after a warm-up of both."""
     times = [[], []]
     for repeat in range(repeats + 1):
         for seconds, side in zip(times, sides, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             start = time.perf_counter()
             task(side)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             if repeat:
                 seconds.append(time.perf_counter() - start)
     ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
