@@ -5,8 +5,8 @@
 
 Three tasks: an MNTP step, a SimCSE step (forward, backward, clipping, AdamW) and encoding of mixed-length text. The other
 side is what a user would write with the libraries: `get_peft_model` over AutoModel with sdpa attention, logits at every
-position, a bidirectional mask through `is_causal`; sentence-transformers on the exported model for encoding. With --gguf FILE (and
-`pip install xllamacpp`) encoding by llama.cpp as well, with the cosine between its vectors and ours.
+position, a bidirectional mask through `is_causal`; sentence-transformers on the exported model for encoding. With --gguf FILE
+(and `pip install xllamacpp`) encoding by llama.cpp as well, with the cosine between its vectors and ours.
 """
 
 import argparse

@@ -57,7 +57,7 @@ def test_encoding_waits_once_a_batch(flags, tmp_path):
 @pytest.mark.parametrize(
     ("where", "wrong", "message"),
     [
-        ("simcse.info_nce", "lambda a, b, t: F.cross_entropy(F.normalize(a) @ F.normalize(b).T / t, torch.arange(len(a)))", "device"),
+        ("simcse.info_nce", "lambda a, b, t: F.cross_entropy(F.normalize(a) @ F.normalize(b).T, torch.arange(len(a)))", "device"),
         ("simcse.pool", "lambda hidden, mask, mode: hidden[mask].float().mean(0)[None].repeat(len(hidden), 1)", "how many are True"),
     ],
     ids=["targets on the CPU", "waits for a mask"],
