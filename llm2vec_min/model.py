@@ -23,7 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from .config import ModelConfig
 from .device import to_device
 
-CAN_COMPILE = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))  # what torch.compile needs on CUDA
+# what torch.compile needs on CUDA
+CAN_COMPILE = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
 
 
 def fused(function: Callable) -> Callable:

@@ -51,7 +51,8 @@ class PretendedGPU(TorchDispatchMode):
         if on_gpu and str(kwargs.get("device")) == "cpu":
             self.wait()
             return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
-        if func is aten.nonzero.default or func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1]):
+        masked = func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
+        if masked or func is aten.nonzero.default:
             self.wait()
             raise NotImplementedError(f"{func}: how many are True only the device knows")
         with self.fake:

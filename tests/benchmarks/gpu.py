@@ -1,11 +1,14 @@
 """Speed, memory and growth for the real shapes with random weights, against transformers + peft in the same run.
 
-    python tests/benchmarks/gpu.py                                             # one GPU with 80 GB or more, under ten minutes
-    python tests/benchmarks/gpu.py --models 1.3b                               # one with 24 GB
+    python tests/benchmarks/gpu.py                                             # one GPU, for 7B with 40 GB or more
+    python tests/benchmarks/gpu.py --models 1.3b --batch 8                     # one with 24 GB
     python tests/benchmarks/gpu.py --device cpu --models 135m --batch 4 --length 128
 
-Needs tests/requirements.txt, no download. Prints tables and writes them as JSON (--output). Times are medians, the two sides
-taking turns; peak memory is each side's own, with its weights. "of the limit": operations (2 per weight and token forward, 2
+Needs tests/requirements.txt, no download. Prints tables and writes each row as JSON (--output) as soon as it
+is there. Each side runs alone, from loading to the last task, ours first in one round and last in the next; times are the best
+of all repeats, peak memory is a side's own, with its weights. PEFT runs with its float32 adapters and with bfloat16 ones. The
+plan is asked first: checkpointing, for all sides, where ours does not fit without it, no row where it does not fit at all;
+what runs out of memory all the same leaves an empty cell. "of the limit": operations (2 per weight and token forward, 2
 backward, 2 more with checkpointing, 2 with GradCache) per second over those of a large bfloat16 matrix product, measured here.
 """
 
@@ -23,14 +26,15 @@ from torch import nn
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 from peak_memory import PeakMemory
-from speed import Libraries, Ours, alternate, make_texts
+from speed import Libraries, Ours, make_texts, synchronize
 
-from llm2vec_min import LLM2Vec, ModelConfig, memory
+from llm2vec_min import LLM2Vec, ModelConfig
 from llm2vec_min.config import PRESETS
 from llm2vec_min.training.mntp import mask_tokens
 from llm2vec_min.model import Decoder, init_weights, set_attention_dropout
 from llm2vec_min.training.simcse import backward
 from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.training import memory
 from llm2vec_min.training.loop import Settings
 from llm2vec_min.weights import load_decoder, save_checkpoint
 
@@ -108,19 +112,55 @@ class RandomLibraries(Libraries):
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
 
 
+class RandomLibrariesBfloat16(RandomLibraries):
+    """Adapters as a user gets them who casts the whole model."""
+
+    name = "transformers + peft, bfloat16 adapters"
+
+    def add_lora(self):
+        super().add_lora()
+        for parameter in self.parameters:
+            parameter.data = parameter.data.bfloat16()
+
+
+SIDES = {"ours": RandomOurs, "theirs": RandomLibraries, "theirs_bf16": RandomLibrariesBfloat16}
+
+
 def free(device: torch.device) -> None:
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def peak_of(task, side, others_bytes: float) -> float:
-    """Peak bytes of one task with the side's weights, without the other side's."""
+def room(device: torch.device) -> float:
+    """Bytes that a GPU has left; a CPU's are not counted."""
+    return torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else float("inf")
+
+
+def timed(task, side) -> float | None:
+    """Seconds, or None if the memory does not suffice."""
+    try:
+        synchronize(side.device)
+        start = time.perf_counter()
+        task(side)
+        synchronize(side.device)
+        return time.perf_counter() - start
+    except RuntimeError as error:
+        if not memory.is_out_of_memory(error):
+            raise
+    if hasattr(side, "optimizer"):
+        side.optimizer.zero_grad(set_to_none=True)
+    free(side.device)
+    return None
+
+
+def peak_of(task, side) -> float:
+    """Peak bytes of one task with the side's weights; the side is alone."""
     parameters = side.l2v.parameters() if hasattr(side, "l2v") else side.model.parameters()
     if side.device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
         task(side)
-        return torch.cuda.max_memory_allocated() - others_bytes
+        return torch.cuda.max_memory_allocated()
     parameters = list({p.data_ptr(): p for p in parameters}.values())
     state = [t for s in side.optimizer.state.values() for t in s.values()] if hasattr(side, "optimizer") else []
     with PeakMemory([*parameters, *state]) as counted:
@@ -135,8 +175,7 @@ def matrix_rate(device: torch.device) -> float:
     for _ in range(6):
         start = time.perf_counter()
         a @ a
-        if device.type == "cuda":
-            torch.cuda.synchronize()
+        synchronize(device)
         best = max(best, 2 * n**3 / (time.perf_counter() - start))
     return best
 
@@ -150,53 +189,58 @@ def theory(config: ModelConfig, stage: str, device: torch.device, rate: float, s
     return dict(of_the_limit=passes * weights * tokens / seconds / rate, predicted_gb=peak / 1e9)
 
 
-def compare(name: str, args, device: torch.device, rate: float) -> list[dict]:
-    """Encoding, an MNTP step and a SimCSE step of both sides."""
-    checkpointing = "7b" in name
-    held = [0]
-    sides = []
-    for kind in (RandomOurs, RandomLibraries):
-        sides.append(kind(name, device, checkpointing))
-        held.append(torch.cuda.memory_allocated() if device.type == "cuda" else 0)
-    own = [held[1], held[2] - held[1]]
+def compare(name: str, args, device: torch.device, rate: float, write) -> None:
+    """Encoding, an MNTP step and a SimCSE step of all sides."""
     config, B, T = make_config(name), args.batch, args.length
     texts, sentences = make_texts(16 * B, 25, 400), make_texts(4 * B, 20, 100)
     ids = torch.randint(1000, 4000, (B, T))
-    masked_ids, labels = (t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000))
-    lengths = [len(row.ids) for row in sides[0].l2v.tokenizer.encode(sentences, max_length=128)]
+    masked_ids, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000)
+    lengths = [len(row.ids) for row in Tokenizer(TINY).encode(sentences, max_length=128)]
+    twins = dict(batch_size=len(sentences), max_length=max(lengths))
+    stages = {"mntp": Settings(batch_size=B, max_length=T), "simcse": Settings(attention_dropout=0.3, **twins)}
+    on_gpu = device.type == "cuda"
+    fitted = [memory.fit(config, s, stage, room(device), {"micro_batch_size"}, on_gpu=on_gpu) for stage, s in stages.items()]
+    checkpointing = any(settings.gradient_checkpointing for settings in fitted)
+    if any(memory.plan(config, s, stage, on_gpu=on_gpu).peak > room(device) for stage, s in zip(stages, fitted, strict=True)):
+        print(f"{name}: does not fit into {room(device) / 1e9:.0f} GB; take a smaller --batch")
+        return
     tasks = {
         f"encode {len(texts)} texts": (lambda s: s.encode(texts), 0, None),
-        f"MNTP {B} x {T}": (lambda s: s.mntp(masked_ids, labels), B * T, ("mntp", B, T)),
-        f"SimCSE {len(sentences)} twins": (lambda s: s.simcse(sentences), 2 * sum(lengths),
-                                           ("simcse", len(sentences), max(lengths))),  # fmt: skip
+        f"MNTP {B} x {T}": (lambda s: s.mntp(masked_ids.to(device), labels.to(device)), B * T, "mntp"),
+        f"SimCSE {len(sentences)} twins": (lambda s: s.simcse(sentences), 2 * sum(lengths), "simcse"),
     }
-    rows = []
-    for label, (task, tokens, shape) in tasks.items():
-        if shape is not None and not hasattr(sides[0], "optimizer"):
-            for i, side in enumerate(sides):
-                before = torch.cuda.memory_allocated() if device.type == "cuda" else 0
-                side.add_lora()
-                own[i] += (torch.cuda.memory_allocated() if device.type == "cuda" else 0) - before
-        ours, theirs, ratio = alternate(task, sides, args.repeats, device)
-        if shape is not None and device.type == "cuda":  # the optimizer's moments came with the first step
-            own = [o + sum(t.numel() * 4 for s in side.optimizer.state.values() for t in s.values() if t.dim())
-                   if label.startswith("MNTP") else o for o, side in zip(own, sides, strict=True)]  # fmt: skip
-        peaks = [peak_of(task, side, own[1 - i]) for i, side in enumerate(sides)]
-        row = dict(model=name, task=label, ours_s=ours, theirs_s=theirs, ratio=ratio, ours_gb=peaks[0] / 1e9, theirs_gb=peaks[1] / 1e9)
-        if shape is not None:
-            stage, rows_, length = shape
-            settings = dict(batch_size=rows_, max_length=length, gradient_checkpointing=checkpointing)
-            row |= theory(config, stage, device, rate, ours, tokens, **settings)
-        rows.append(row)
-        print_row(row)
-    del sides
-    free(device)
-    return rows
+    seconds = {(side, label): [] for side in SIDES for label in tasks}
+    peaks = {}
+    for turn in range(2):
+        for side_name in list(SIDES)[:: 1 - 2 * turn]:
+            side = SIDES[side_name](name, device, checkpointing)
+            for label, (task, _, stage) in tasks.items():
+                if stage == "mntp":
+                    side.add_lora()
+                runs = [timed(task, side) for _ in range(args.repeats + 1)][1:]  # the first one warms up
+                if None in runs:
+                    continue
+                seconds[side_name, label] += runs
+                if turn == 0:
+                    peaks[side_name, label] = peak_of(task, side) / 1e9
+            del side
+            free(device)
+    for label, (_, tokens, stage) in tasks.items():
+        best = {side: min(seconds[side, label], default=None) for side in SIDES}
+        row = dict(model=name, task=label + (", checkpointing" if checkpointing and stage else ""))
+        row |= {f"{side}_s": value for side, value in best.items()}
+        row |= {f"ratio{side[6:]}": best[side] and best["ours"] and best[side] / best["ours"] for side in list(SIDES)[1:]}
+        row |= {f"{side}_gb": peaks.get((side, label)) for side in SIDES}
+        if stage is not None and best["ours"]:
+            settings = stages[stage]
+            row |= theory(config, stage, device, rate, best["ours"], tokens, batch_size=settings.batch_size,
+                          max_length=settings.max_length, gradient_checkpointing=checkpointing)  # fmt: skip
+        write(row)
 
 
-def growth(name: str, args, device: torch.device, rate: float) -> list[dict]:
+def growth(name: str, args, device: torch.device, rate: float, write) -> None:
     """Our step time and peak memory for growing batches, with and without checkpointing and GradCache."""
-    rows, config, few = [], make_config(name), max(args.batch // 2, 1)
+    config, few = make_config(name), max(args.batch // 2, 1)
     for checkpointing in (False, True):
         side = RandomOurs(name, device, checkpointing)
         side.add_lora()
@@ -214,20 +258,19 @@ def growth(name: str, args, device: torch.device, rate: float) -> list[dict]:
                 (f"SimCSE, {4 * batch} twins, GradCache by {few}", lambda s, x=sentences: s.simcse_cached(x, few),
                  "simcse", twins | dict(micro_batch_size=few)),
             ):  # fmt: skip
-                peak = peak_of(task, side, 0)
-                start = time.perf_counter()
-                task(side)
-                if device.type == "cuda":
-                    torch.cuda.synchronize()
                 row = dict(model=name, task=label + (", checkpointing" if checkpointing else ""))
-                seconds = time.perf_counter() - start
+                expected = theory(config, stage, device, rate, 1.0, gradient_checkpointing=checkpointing, **settings)
+                held = sum(p.numel() * p.element_size() for p in side.l2v.parameters())
+                seconds = None
+                if expected["predicted_gb"] * 1e9 < room(device) + held and timed(task, side):
+                    peak, seconds = peak_of(task, side), timed(task, side)
+                if seconds is None:
+                    write(row | dict(ours_s=None, ours_gb=None, of_the_limit=None, predicted_gb=expected["predicted_gb"]))
+                    continue
                 row |= dict(ours_s=seconds, ours_gb=peak / 1e9)
-                row |= theory(config, stage, device, rate, seconds, gradient_checkpointing=checkpointing, **settings)
-                rows.append(row)
-                print_row(row)
+                write(row | theory(config, stage, device, rate, seconds, gradient_checkpointing=checkpointing, **settings))
         del side
         free(device)
-    return rows
 
 
 def loading(name: str, device: torch.device) -> dict:
@@ -249,12 +292,12 @@ def loading(name: str, device: torch.device) -> dict:
         sum(p.float().sum() for p in decoder.norm.parameters()).item()
         seconds = time.perf_counter() - start
         row = dict(model=name, task="loading", ours_s=seconds, checkpoint_gb=size / 1e9, host_gb=(own_memory() - before) / 1e9)
-    print_row(row)
     return row
 
 
 def print_row(row: dict) -> None:
-    print("| " + " | ".join(f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values()) + " |", flush=True)
+    cells = ("" if v is None else f"{v:.3g}" if isinstance(v, float) else str(v) for v in row.values())
+    print("| " + " | ".join(cells) + " |", flush=True)
 
 
 def main() -> None:
@@ -272,18 +315,25 @@ def main() -> None:
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
     print(f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}, {rate / 1e12:.3g} x 10^12 bfloat16 operations/s")
     rows = []
+
+    def write(row: dict) -> None:
+        rows.append(row)
+        print_row(row)
+        Path(args.output).write_text(json.dumps({"machine": machine, "operations_per_s": rate, "rows": rows}, indent=2))
+
     if "compare" in args.parts:
-        print("\n| model | task | ours (s) | theirs (s) | ratio | ours (GB) | theirs (GB) | of the limit | predicted (GB) |")
+        print("\n| model | task | ours (s) | peft (s) | peft bf16 (s) | ratio | ratio bf16 | ours (GB) | peft (GB) | peft bf16 (GB) "
+              "| of the limit | predicted (GB) |")  # fmt: skip
         for name in args.models:
-            rows += compare(name, args, device, rate)
+            compare(name, args, device, rate, write)
     if "growth" in args.parts:
         print("\n| model | task | step (s) | peak (GB) | of the limit | predicted (GB) |")
         for name in args.models:
-            rows += growth(name, args, device, rate)
+            growth(name, args, device, rate, write)
     if "loading" in args.parts:
         print("\n| model | task | seconds | checkpoint (GB) | host memory (GB) |")
-        rows += [loading(name, device) for name in args.models]
-    Path(args.output).write_text(json.dumps({"machine": machine, "operations_per_s": rate, "rows": rows}, indent=2))
+        for name in args.models:
+            write(loading(name, device))
 
 
 if __name__ == "__main__":

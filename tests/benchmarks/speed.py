@@ -5,7 +5,8 @@
 
 Three tasks: an MNTP step, a SimCSE step (forward, backward, clipping, AdamW) and encoding of mixed-length text. The other
 side is what a user would write with the libraries: `get_peft_model` over AutoModel with sdpa attention, logits at every
-position, a bidirectional mask through `is_causal`; sentence-transformers on the exported model for encoding.
+position, a bidirectional mask through `is_causal`; sentence-transformers on the exported model for encoding. With --gguf FILE
+(and `pip install xllamacpp`) encoding by llama.cpp as well, with the cosine between its vectors and ours.
 """
 
 import argparse
@@ -16,6 +17,7 @@ import tempfile
 import time
 from pathlib import Path
 
+import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
@@ -124,17 +126,43 @@ class Libraries(Ours):
         return self.sentence_transformer.encode(texts, batch_size=32)
 
 
+class LlamaCpp:
+    """What many CPU users would pick: a GGUF file of the same model, non-causal attention, mean pooling."""
+
+    def __init__(self, path: str, threads: int):
+        import xllamacpp
+
+        params = xllamacpp.CommonParams()
+        params.model.path, params.embedding, params.warmup, params.n_parallel = path, True, False, 8
+        params.n_ctx = params.n_batch = params.n_ubatch = 4096
+        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
+        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
+        params.attention_type = xllamacpp.llama_attention_type.LLAMA_ATTENTION_TYPE_NON_CAUSAL
+        self.server = xllamacpp.Server(params)
+
+    def encode(self, texts):
+        return np.array([row["embedding"] for row in self.server.handle_embeddings({"input": texts})["data"]])
+
+
+def cosines(a, b) -> np.ndarray:
+    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a GPU (CUDA, MPS) has done what it was told."""
+    if device.type != "cpu":
+        torch.accelerator.synchronize(device)
+
+
 def alternate(task, sides, repeats, device):
     """Median seconds of each side and the median of the pairwise ratios, after a warm-up of both."""
     times = [[], []]
     for repeat in range(repeats + 1):
         for seconds, side in zip(times, sides, strict=True):
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             start = time.perf_counter()
             task(side)
-            if device.type == "cuda":
-                torch.cuda.synchronize()
+            synchronize(device)
             if repeat:
                 seconds.append(time.perf_counter() - start)
     ratios = [theirs / ours for ours, theirs in zip(*times, strict=True)]
@@ -146,6 +174,7 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--gguf", help="the same model for llama.cpp")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -162,6 +191,11 @@ def main() -> None:
         t.to(device) for t in mask_tokens(ids, mask_id=sides[0].l2v.tokenizer.mask_id(), special_ids=set(), vocab_size=vocab_size)
     )
     rows = [("encode 128 texts, median 25 words", alternate(lambda s: s.encode(mixed), sides, args.repeats, device))]
+    if args.gguf:
+        llama = LlamaCpp(args.gguf, args.threads)
+        rows.append(("the same, by llama.cpp", alternate(lambda s: s.encode(mixed), [sides[0], llama], args.repeats, device)))
+        alike = cosines(np.array(sides[0].encode(mixed)), llama.encode(mixed))
+        print(f"cosine of llama.cpp's vectors and ours: mean {alike.mean():.4f}, least {alike.min():.4f}")
     for side in sides:
         side.add_lora()
     rows.append(("MNTP step, 8 x 128 tokens", alternate(lambda s: s.mntp(masked_ids, labels), sides, args.repeats, device)))

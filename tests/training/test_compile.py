@@ -24,7 +24,7 @@ def l2v(model_folder, monkeypatch):
     del l2v.decoder.layers[2:]
     add_lora(l2v.decoder, r=2, dropout=0.1)
     set_attention_dropout(l2v.decoder, 0.3)
-    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # torch's own, and put back at the end
+    with torch._dynamo.config.patch(recompile_limit=8, fail_on_recompile_limit_hit=False):  # torch's own, before and after
         yield l2v
     torch._dynamo.reset()
 
