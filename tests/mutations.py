@@ -71,7 +71,7 @@ MUTATIONS = [
     (f"{P}/training/simcse.py", "F.normalize(queries, dim=-1) @", "queries @", SI),
     (f"{P}/training/simcse.py", "cosines / temperature", "cosines * temperature", SI),
     (f"{P}/training/simcse.py", "l2v.states(encoded + encoded)", "l2v.states(encoded + encoded[::-1])", f"{SI} {DI}"),
-    (f"{P}/training/simcse.py", "        seed_dropout(part)\n", "", f"{SI} {DI} {LO}"),
+    (f"{P}/training/simcse.py", "            loop.seed_dropout(part)\n", "", f"{DI} {LO} {SE}"),
     (f"{P}/training/simcse.py", "return loss / world_size()", "return loss", DI),
     (f"{P}/training/simcse.py", ".chunk(world_size())[rank()]", ".chunk(world_size())[0]", DI),
     # ---- distributed ----
@@ -98,7 +98,7 @@ MUTATIONS = [
     (f"{P}/training/mntp.py", "probability=settings.mask_probability", "probability=0.2", SE),
     (f"{P}/training/mntp.py", "style=settings.mask_style", "style=\"bert\"", SE),
     (f"{P}/training/simcse.py", "set_attention_dropout(l2v.decoder, settings.attention_dropout)", "set_attention_dropout(l2v.decoder, 0.3)", SE),
-    (f"{P}/training/simcse.py", "parts, settings.temperature, loop", "parts, 0.05, loop", SE),
+    (f"{P}/training/simcse.py", "settings.temperature, counted)", "0.05, counted)", SE),
     (f"{P}/training/simcse.py", "tokenize(l2v, sentences, settings.max_length)", "tokenize(l2v, sentences, 512)", SE),
     # ---- flags that train.py itself acts on ----
     ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "16, args.lora_alpha, args.lora_dropout)", SE),
@@ -146,7 +146,7 @@ def main(wanted: list[str]) -> int:
         for number, (file, right, wrong, tests) in enumerate(MUTATIONS):
             if wanted and not any(word == str(number) or word == Path(file).stem for word in wanted):
                 continue
-            source = (ROOT / file).read_text()
+            source = (copy / file).read_text()
             (copy / file).write_text(source.replace(right, wrong, 1))
             started = time.monotonic()
             caught = is_caught(copy, tests, Path(place) / "log")
