@@ -266,30 +266,10 @@ class LLM2Vec(nn.Module):
         if dim is not None and not 0 < dim <= width:
             raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
-        with self._without_dropout():
-            return self._encode(texts, instruction, batch_size, mode, normalize, dim, show_progress)
-
-    @contextmanager
-    def _without_dropout(self) -> Iterator[None]:
-        """The decoder in eval mode until the last thread that encodes is through, then as the first one found it."""
-        with _mode_lock:
-            if self._encoding == 0:
-                self._was_training = self.decoder.training
-                self.decoder.eval()
-            self._encoding += 1
-        try:
-            yield
-        finally:
-            with _mode_lock:
-                self._encoding -= 1
-                if self._encoding == 0:
-                    self.decoder.train(self._was_training)
-
-    def _encode(self, texts, instruction, batch_size, mode, normalize, dim, show_progress) -> np.ndarray | list[np.ndarray]:
         encoded = texts if texts and isinstance(texts[0], Encoded) else self.tokenize(texts, instruction)
         lengths = [len(row.ids) for row in encoded]
         batches = []  # (indices, their vectors, on the way to the host)
-        with tqdm(total=len(encoded), desc="encoding", unit="text", disable=not show_progress) as bar:
+        with self._without_dropout(), tqdm(total=len(encoded), desc="encoding", unit="text", disable=not show_progress) as bar:
             for rows in sorted_batches(lengths, batch_size or len(encoded), MAX_TOKENS[self.device.type == "cpu"]):
                 hidden, pool_mask = self.states([encoded[i] for i in rows])
                 vectors = (hidden.float() if mode is None else pool(hidden, pool_mask, mode))[..., :dim]
@@ -320,6 +300,22 @@ class LLM2Vec(nn.Module):
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             digest.update(sample.double().cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
+
+    @contextmanager
+    def _without_dropout(self) -> Iterator[None]:
+        """The decoder in eval mode until the last thread that encodes is through, then as the first one found it."""
+        with _mode_lock:
+            if self._encoding == 0:
+                self._was_training = self.decoder.training
+                self.decoder.eval()
+            self._encoding += 1
+        try:
+            yield
+        finally:
+            with _mode_lock:
+                self._encoding -= 1
+                if self._encoding == 0:
+                    self.decoder.train(self._was_training)
 
     # ---- to disk ----
 

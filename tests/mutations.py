@@ -17,7 +17,7 @@ ROOT = Path(__file__).parent.parent
 P = "llm2vec_min"
 M, L, W, E = "tests/test_model.py", "tests/test_lora.py", "tests/test_weights.py", "tests/test_encoder.py"
 PO, PR, T = "tests/test_pooling.py", "tests/test_properties.py", "tests/test_tokenizer.py"
-MN, SI, LO, DI, SE = (f"tests/training/test_{name}.py" for name in ("mntp", "simcse", "loop", "distributed", "settings"))
+MN, SI, LO, DI, SE, SU = (f"tests/training/test_{name}.py" for name in ("mntp", "simcse", "loop", "distributed", "settings", "supervised"))
 
 # (file, right, wrong, tests that must notice)
 MUTATIONS = [
@@ -36,13 +36,13 @@ MUTATIONS = [
     (f"{P}/model.py", "return padding_mask[:, None, None, :]  # (B", "return None  # (B", M),
     (f"{P}/model.py", "x.new_tensor(1 / (1 - probability))", "x.new_tensor(1.0)", f"{M} {SI}"),
     (f"{P}/model.py", "self.dropout if self.training else 0.0", "self.dropout", f"{M} {SI}"),
-    (f"{P}/model.py", "F.silu(self.gate_proj(x)) * self.up_proj(x)", "self.gate_proj(x) * F.silu(self.up_proj(x))", M),
+    (f"{P}/model.py", "swiglu(self.gate_proj(x), self.up_proj(x))", "swiglu(self.up_proj(x), self.gate_proj(x))", M),
     (f"{P}/model.py", "bias=config.attention_bias and config.model_type != \"qwen2\"", "bias=config.attention_bias", M),
     (f"{P}/model.py", "self.post_attention_layernorm(x)", "self.input_layernorm(x)", M),
     # ---- lora ----
     (f"{P}/lora.py", "return self.alpha / self.r", "return self.alpha", f"{L} {W}"),
     (f"{P}/lora.py", "nn.init.zeros_(self.lora_B.weight)", "nn.init.normal_(self.lora_B.weight)", L),
-    (f"{P}/lora.py", "a = dropout(x, self.dropout, self.training)", "a = x", f"{L} {SI}"),
+    (f"{P}/lora.py", "dropout(rows, self.dropout, self.training)", "rows", f"{L} {SI}"),
     (f"{P}/lora.py", "(self.weight.float() + update)", "(self.weight + update.to(self.weight.dtype))", f"{L} {W}"),
     (f"{P}/lora.py", "    model.requires_grad_(False)\n", "", f"{L} {W}"),
     (f"{P}/lora.py", "linear.bias = self.bias", "linear.bias = None if self.bias is None else torch.zeros_like(self.bias)", L),
@@ -61,19 +61,29 @@ MUTATIONS = [
     (f"{P}/tokenizer.py", "(max_length + 32) * self._longest", "max_length", PR),
     # ---- mntp ----
     (f"{P}/training/mntp.py", "maskable[:, 0] = False", "", f"{MN} {PR}"),
-    (f"{P}/training/mntp.py", "hidden[:, :-1][chosen]", "hidden[:, 1:][chosen]", MN),
+    (f"{P}/training/mntp.py", "F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()", "labels.flatten()", MN),
     (f"{P}/training/mntp.py", "(fate >= 0.9)", "(fate >= 0.8)", MN),
     (f"{P}/training/mntp.py", "max(1, len(targets))", "len(targets)", MN),
     (f"{P}/training/mntp.py", "~torch.isin(input_ids, torch.tensor(sorted(special_ids), dtype=torch.int64))", "torch.ones_like(input_ids, dtype=torch.bool)", f"{MN} {PR}"),
     (f"{P}/training/mntp.py", "decoder(masked_ids, causal=False)", "decoder(masked_ids, causal=True)", MN),
-    (f"{P}/training/mntp.py", "labels[rows].to(where), count)", "labels[rows].to(where))", LO),
+    (f"{P}/training/mntp.py", "labels[rows], count)", "labels[rows])", LO),
     # ---- simcse ----
     (f"{P}/training/simcse.py", "F.normalize(queries, dim=-1) @", "queries @", SI),
     (f"{P}/training/simcse.py", "cosines / temperature", "cosines * temperature", SI),
     (f"{P}/training/simcse.py", "l2v.states(encoded + encoded)", "l2v.states(encoded + encoded[::-1])", f"{SI} {DI}"),
-    (f"{P}/training/simcse.py", "        seed_dropout(part)\n", "", f"{SI} {DI} {LO}"),
+    (f"{P}/training/simcse.py", "            loop.seed_dropout(part)\n", "", f"{DI} {LO} {SE}"),
     (f"{P}/training/simcse.py", "return loss / world_size()", "return loss", DI),
     (f"{P}/training/simcse.py", ".chunk(world_size())[rank()]", ".chunk(world_size())[0]", DI),
+    # ---- supervised ----
+    (f"{P}/training/supervised.py", "right[t.query] |= {t.query, t.positive}", "right[t.query] |= {t.positive}", SU),
+    (f"{P}/training/supervised.py", "(owner == row[:, None]) | in_batch", "torch.ones(len(triplets), len(owner), dtype=torch.bool)", SU),
+    (f"{P}/training/supervised.py", "    counted[row, row] = True\n", "", SU),
+    (f"{P}/training/supervised.py", "t.instruction if t.symmetric else \"\"", "t.instruction", SU),
+    (f"{P}/training/supervised.py", "sizes = [*matryoshka, vectors.shape[1]]", "sizes = [vectors.shape[1]]", SU),
+    (f"{P}/training/supervised.py", "<= share * positive", "<= positive", SU),
+    (f"{P}/training/supervised.py", "vectors[places], counted, settings.temperature", "vectors[places], counted, 0.02", SU),
+    (f"{P}/training/supervised.py", "if settings.filter_negatives:\n        drawn", "if False:\n        drawn", SU),
+    (f"{P}/training/supervised.py", "flatten(batch), max_length=settings.max_length)", "flatten(batch), max_length=512)", SU),
     # ---- distributed ----
     (f"{P}/training/distributed.py", "    dist.all_reduce(flat)\n", "", DI),
     (f"{P}/training/distributed.py", "dist.all_gather_into_tensor(rows, x.detach().contiguous())", "rows[: len(x)] = x.detach()", DI),
@@ -98,7 +108,7 @@ MUTATIONS = [
     (f"{P}/training/mntp.py", "probability=settings.mask_probability", "probability=0.2", SE),
     (f"{P}/training/mntp.py", "style=settings.mask_style", "style=\"bert\"", SE),
     (f"{P}/training/simcse.py", "set_attention_dropout(l2v.decoder, settings.attention_dropout)", "set_attention_dropout(l2v.decoder, 0.3)", SE),
-    (f"{P}/training/simcse.py", "parts, settings.temperature, loop", "parts, 0.05, loop", SE),
+    (f"{P}/training/simcse.py", "settings.temperature, counted)", "0.05, counted)", SE),
     (f"{P}/training/simcse.py", "tokenize(l2v, sentences, settings.max_length)", "tokenize(l2v, sentences, 512)", SE),
     # ---- flags that train.py itself acts on ----
     ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "16, args.lora_alpha, args.lora_dropout)", SE),
@@ -146,7 +156,7 @@ def main(wanted: list[str]) -> int:
         for number, (file, right, wrong, tests) in enumerate(MUTATIONS):
             if wanted and not any(word == str(number) or word == Path(file).stem for word in wanted):
                 continue
-            source = (ROOT / file).read_text()
+            source = (copy / file).read_text()
             (copy / file).write_text(source.replace(right, wrong, 1))
             started = time.monotonic()
             caught = is_caught(copy, tests, Path(place) / "log")

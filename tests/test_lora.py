@@ -52,6 +52,14 @@ def test_add_lora(decoder):
         add_lora(decoder)
 
 
+def test_the_rest_is_frozen(decoder):
+    decoder.requires_grad_(True)
+    add_lora(decoder, r=2, targets=["q_proj"])
+    assert {name.split(".lora_")[0] for name, p in decoder.named_parameters() if p.requires_grad} == {
+        f"layers.{i}.self_attn.q_proj" for i in range(3)
+    }
+
+
 def test_bad_targets(decoder):
     with pytest.raises(ValueError, match="no linear layer is named c_attn"):
         add_lora(decoder, targets=["q_proj", "c_attn"])

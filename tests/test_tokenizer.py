@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import transformers
-from conftest import TEXTS
+from conftest import TEXTS, write_tokenizer
 
 from llm2vec_min.tokenizer import Tokenizer
 
@@ -33,6 +33,19 @@ def test_pools_the_text_alone(tokenizer_folder, text, prefix, instruction, suffi
     assert text.strip() in decoded or "�" in decoded
     assert len(decoded) <= len(text) + 1, "at most the space before the text comes along"
     assert tokenizer.backend.encode(whole).ids == row.ids.tolist()
+
+
+def test_the_joining_space_is_pooled_where_it_is_a_token_of_its_own(tmp_path):
+    """The text alone would begin with such a token, too."""
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, "smollm2"))  # digits stand alone, so the space before them does
+    (row,) = tokenizer.encode(["1984"], instruction="Find:")
+    assert tokenizer.decode(row.ids[row.pooled]) == " 1984" and row.pooled.sum() == 5
+
+
+def test_a_token_across_the_seam_is_pooled(tmp_path):
+    tokenizer = Tokenizer(write_tokenizer(tmp_path, "llama-2"))  # merges "th" and "e"
+    (row,) = tokenizer.encode(["e cat"], prefix="th")
+    assert tokenizer.decode(row.ids[row.pooled]).strip() == "the cat"
 
 
 def test_truncation_cuts_the_text_only(tokenizer_folder):
