@@ -47,10 +47,10 @@ class PretendedGPU(TorchDispatchMode):
             return func(*args, **kwargs)  # the CPU's own work is real
         if func is aten._local_scalar_dense.default:  # item(), float(), if
             self.wait()
-            return 1
+            return 0
         if on_gpu and str(kwargs.get("device")) == "cpu":
             self.wait()
-            return torch.ones(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
+            return torch.zeros(args[0].shape, dtype=kwargs.get("dtype") or args[0].dtype)
         masked = func is aten.index.Tensor and any(i is not None and i.dtype == torch.bool for i in args[1])
         if masked or func is aten.nonzero.default:
             self.wait()
