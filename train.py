@@ -1,11 +1,11 @@
 """Trains one stage of LLM2Vec per call:
 
-    python train.py --stage mntp                        # the model that ships with the package, in two minutes
-    python train.py --stage simcse --model runs/mntp
-    python train.py --stage supervised --model runs/simcse
-    python embed.py --model runs/supervised "a text" "another"
+python train.py --stage mntp                        # the model that ships with the package, in two minutes
+python train.py --stage simcse --model runs/mntp
+python train.py --stage supervised --model runs/simcse
+python embed.py --model runs/supervised "a text" "another"
 
-    python train.py --stage mntp --model sheared-llama-1.3b --output runs/sheared-mntp
+python train.py --stage mntp --model sheared-llama-1.3b --output runs/sheared-mntp
 """
 
 import argparse
@@ -29,7 +29,13 @@ from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import distributed, memory
 from llm2vec_min.training.flags import build_parser, check, default_data, in_force
 from llm2vec_min.training.loop import (
-    ARGUMENTS, Settings, finish_output, has_checkpoint, identify, is_finished, plan_output,
+    ARGUMENTS,
+    Settings,
+    finish_output,
+    has_checkpoint,
+    identify,
+    is_finished,
+    plan_output,
 )  # fmt: skip
 from llm2vec_min.training.mntp import train_mntp
 from llm2vec_min.training.pretrain import pretrain, train_tokenizer
@@ -37,7 +43,6 @@ from llm2vec_min.training.simcse import train_simcse
 from llm2vec_min.training.supervised import train_supervised
 from llm2vec_min.training.triplets import draw, read_triplets
 from llm2vec_min.weights import save_checkpoint
-
 
 FITTED = ("gradient_checkpointing", "micro_batch_size")  # the settings that are chosen for the memory at hand
 

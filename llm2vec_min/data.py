@@ -101,7 +101,9 @@ def _text_of(line: str, where: str) -> str:
         text = record if isinstance(record, str) else record["text"]
         text.encode()  # half of a surrogate pair, as a cut string leaves it, is no text
     except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
-        raise ValueError(f'{where}: expected a JSON string or an object with a string "text", found {line.strip()[:60]!r}') from None
+        raise ValueError(
+            f'{where}: expected a JSON string or an object with a string "text", found {line.strip()[:60]!r}'
+        ) from None
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: the text holds half of a surrogate pair at character {error.start}") from None
     return text

@@ -93,7 +93,9 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         if (folder / "config.json").is_file():
             base = read_json(member(folder, "config.json")).get("_name_or_path") or base
         if not base or base == str(name) or not isinstance(base, str):
-            raise ValueError(f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {short(base)}, expected another model's name")
+            raise ValueError(
+                f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {short(base)}, expected another model's name"
+            )
         try:
             base, chain, before = find_chain(base, (*above, str(name)))
         except ValueError as error:

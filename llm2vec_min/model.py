@@ -280,9 +280,7 @@ class Decoder(nn.Module):
             padding_mask = to_device(padding_mask, device)
             input_ids = input_ids.flatten().index_select(0, real)  # (N,)
             rope = tuple(table.index_select(0, real % T) for table in rope)  # (N, D)
-        mask = attention_mask(
-            padding_mask, T, causal=causal, sliding_window=self.config.sliding_window, device=device
-        )
+        mask = attention_mask(padding_mask, T, causal=causal, sliding_window=self.config.sliding_window, device=device)
         x = self.embed_tokens(input_ids)  # (B, T, C), or (N, C)
         states = []
         for layer in self.layers:

@@ -328,7 +328,9 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     problems = _problems(missing, unexpected, wrong) or ("" if state else "it is empty")
     if problems:
         base = config.get("base_model_name_or_path")
-        raise ValueError(f"{folder}: the adapter (made for {short(base)}) does not fit {decoder.source or 'this model'}; {problems}")
+        raise ValueError(
+            f"{folder}: the adapter (made for {short(base)}) does not fit {decoder.source or 'this model'}; {problems}"
+        )
     add_lora(decoder, r, alpha, dropout, targets)
     decoder.load_state_dict({k: v.to(decoder.norm.weight.device) for k, v in state.items()}, strict=False, assign=True)
     decoder.requires_grad_(False)

@@ -21,7 +21,9 @@ EMPTY = set(
     "his her their not no having being used usually especially such other than some any act state quality person cause make into "
     "out up more can".split()
 )
-RUDE = re.compile(r"obscen|vulgar|offensive|slang|disparag|slur|sex|genital|copulat|prostitut|buttocks|feces|excrement|ethnic", re.I)
+RUDE = re.compile(
+    r"obscen|vulgar|offensive|slang|disparag|slur|sex|genital|copulat|prostitut|buttocks|feces|excrement|ethnic", re.I
+)
 
 
 def read_senses() -> dict:
@@ -34,7 +36,9 @@ def read_senses() -> dict:
             head, gloss = line.split(" | ", 1)
             fields = head.split()
             rest = fields[5 + 2 * int(fields[3], 16) :]  # after the words and the number of pointers
-            pointers = [(symbol, (kind.replace("s", "a"), offset)) for symbol, offset, kind in zip(*(rest[i::4] for i in range(3)))]
+            pointers = [
+                (symbol, (kind.replace("s", "a"), offset)) for symbol, offset, kind in zip(*(rest[i::4] for i in range(3)))
+            ]
             definition = re.sub(r"^\([^)]*\)\s*", "", re.split(r'[;"]', gloss)[0].strip())
             if RUDE.search(line) or definition.count("(") != definition.count(")") or not 4 <= len(definition.split()) <= 22:
                 definition = ""

@@ -17,7 +17,9 @@ ROOT = Path(__file__).parent.parent
 P = "llm2vec_min"
 M, L, W, E = "tests/test_model.py", "tests/test_lora.py", "tests/test_weights.py", "tests/test_encoder.py"
 PO, PR, T = "tests/test_pooling.py", "tests/test_properties.py", "tests/test_tokenizer.py"
-MN, SI, LO, DI, SE, SU = (f"tests/training/test_{name}.py" for name in ("mntp", "simcse", "loop", "distributed", "settings", "supervised"))
+MN, SI, LO, DI, SE, SU = (
+    f"tests/training/test_{name}.py" for name in ("mntp", "simcse", "loop", "distributed", "settings", "supervised")
+)
 
 # (file, right, wrong, tests that must notice)
 MUTATIONS = [
@@ -147,7 +149,7 @@ def is_caught(copy: Path, tests: str, log: Path) -> bool:
 def main(wanted: list[str]) -> int:
     sys.dont_write_bytecode = True  # a mutation of the same length within a second would be taken from the cache
     os.environ["PYTHONDONTWRITEBYTECODE"] = "1"
-    import hypothesis, mteb, peft, sentence_transformers, torch, transformers  # noqa: E401, F401
+    import hypothesis  # noqa: E401, F401
 
     survivors = []
     with tempfile.TemporaryDirectory() as place:
@@ -161,7 +163,10 @@ def main(wanted: list[str]) -> int:
             started = time.monotonic()
             caught = is_caught(copy, tests, Path(place) / "log")
             (copy / file).write_text(source)
-            print(f"{number:>3} {'caught' if caught else 'SURVIVES'} {time.monotonic() - started:4.0f} s  {file}: {right.strip()[:60]!r}", flush=True)
+            print(
+                f"{number:>3} {'caught' if caught else 'SURVIVES'} {time.monotonic() - started:4.0f} s  {file}: {right.strip()[:60]!r}",
+                flush=True,
+            )
             if not caught:
                 survivors.append(number)
     print(f"{len(survivors)} survivors: {survivors}")

@@ -7,13 +7,13 @@ import subprocess
 import sys
 from pathlib import Path
 
-import embed
 import numpy as np
 import pytest
 import torch
+
+import embed
 import train
 from conftest import TEXTS
-
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.hub import find_preset
@@ -38,7 +38,9 @@ def files(tmp_path_factory):
 def runs(files, model_folder):
     """Both stages through the command line's main()."""
     common = ["--data", str(files / "text.txt"), "--eval", str(files / "pairs.tsv"), *QUICK]
-    train.main(["--stage", "mntp", "--model", str(model_folder), "--output", str(files / "mntp"), "--max-length", "16", *common])
+    train.main(
+        ["--stage", "mntp", "--model", str(model_folder), "--output", str(files / "mntp"), "--max-length", "16", *common]
+    )
     train.main(["--stage", "simcse", "--model", str(files / "mntp"), "--output", str(files / "simcse"), *common])
     return files / "mntp", files / "simcse"
 
@@ -103,7 +105,10 @@ def test_exported_card_tells_the_stages_and_score(runs, tmp_path):
 def test_adapter_flag(runs, model_folder, capsys):
     """base + adapters by hand is what the run's folder stands for."""
     tables = []
-    for argv in (["--model", str(runs[1])], ["--model", str(model_folder), "--adapter", str(runs[0]), "--adapter", str(runs[1])]):
+    for argv in (
+        ["--model", str(runs[1])],
+        ["--model", str(model_folder), "--adapter", str(runs[0]), "--adapter", str(runs[1])],
+    ):
         embed.main([*argv, "a cat", "a dog"])
         tables.append(capsys.readouterr().out)
     assert tables[0] == tables[1]
@@ -111,7 +116,9 @@ def test_adapter_flag(runs, model_folder, capsys):
 
 def test_shorter_vectors(runs, files, capsys):
     (files / "short.txt").write_text("\n".join(TEXTS[:4]))
-    embed.main(["--model", str(runs[1]), "--input", str(files / "short.txt"), "--output", str(files / "short.npy"), "--dim", "8"])
+    embed.main(
+        ["--model", str(runs[1]), "--input", str(files / "short.txt"), "--output", str(files / "short.npy"), "--dim", "8"]
+    )
     expected = LLM2Vec.from_pretrained(runs[1]).encode([text.strip() for text in TEXTS[:4]])
     np.testing.assert_allclose(np.load(files / "short.npy"), expected[:, :8], rtol=1e-5, atol=1e-5)
     capsys.readouterr()
@@ -197,9 +204,15 @@ def test_help_shows_the_presets_defaults(capsys):
     for argv, expected in (
         (["--model", "mistral-7b"], "--mask-probability MASK_PROBABILITY mntp: share of tokens to predict [0.8]"),
         (["--model", "sheared-llama-1.3b"], "mntp: share of tokens to predict [0.2]"),
-        (["--stage", "simcse", "--model", "llama-2-7b"], "--batch-size BATCH_SIZE sequences (supervised: triplets) per optimizer step, over all processes [128]"),
+        (
+            ["--stage", "simcse", "--model", "llama-2-7b"],
+            "--batch-size BATCH_SIZE sequences (supervised: triplets) per optimizer step, over all processes [128]",
+        ),
         (["--stage", "simcse", "--model", "llama-2-7b"], "peak learning rate [3e-05]"),
-        (["--stage", "supervised", "--model", "llama-2-7b"], "(supervised: triplets) per optimizer step, over all processes [512]"),
+        (
+            ["--stage", "supervised", "--model", "llama-2-7b"],
+            "(supervised: triplets) per optimizer step, over all processes [512]",
+        ),
     ):
         with pytest.raises(SystemExit):
             train.main([*argv, "--help"])
@@ -229,7 +242,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--mask-probability", "1.5"], r"--mask-probability is 1.5, expected a number in \(0, 1\]"),
         (["--adam-beta2", "1.5"], r"--adam-beta2 is 1.5, expected a number in \[0, 1\)"),
         (["--seed", "-1"], "--seed is -1, expected 0 or more"),
-        (["--stage", "simcse", "--batch-size", "1"], "SimCSE's negatives are the other sentences of the batch"),
+        (["--stage", "simcse", "--batch-size", "1"], "the negatives are the other texts of the batch, it needs at least 2"),
         (["--model", "{causal}"], "MNTP trains a bidirectional encoder, found causal=True"),
         (["--stage", "pretrain", "--hidden-size", "100"], "--hidden-size is 100, expected an even number for each of 4"),
         (["--stage", "pretrain", "--num-key-value-heads", "3"], "--num-key-value-heads is 3, expected a divisor of 4"),
@@ -317,6 +330,7 @@ def test_a_preset_is_remembered(files, model_folder, tmp_path):
 def test_repeated_flags_add_up(files):
     args = build_parser([], "").parse_args(["--data", "a", "--data", "b", "c"])
     assert args.data == ["a", "b", "c"]
+
 
 @pytest.mark.parametrize(
     ("argv", "message"),

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from test_weights import randomize
 
+from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora, merge_lora
 from llm2vec_min.pooling import POOLING_MODES

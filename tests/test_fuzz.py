@@ -116,7 +116,14 @@ def sharded(model_folder, tmp_path_factory):
 
 @pytest.mark.parametrize(
     "file",
-    ["config.json", "tokenizer.json", "tokenizer_config.json", "llm2vec_config.json", "a.safetensors", "model.safetensors.index.json"],
+    [
+        "config.json",
+        "tokenizer.json",
+        "tokenizer_config.json",
+        "llm2vec_config.json",
+        "a.safetensors",
+        "model.safetensors.index.json",
+    ],
 )
 def test_model_files(sharded, tmp_path, file):
     read = 0

@@ -379,7 +379,9 @@ for name, fields, words in [
     file = ADAPTER_CONFIG
     case(f"adapter: {name}", file, words)(lambda folder, fields=fields: make_adapter(folder, **fields))
 
-case("adapter: of another rank than it says", "", "is (2, 64), expected (65536, 64)")(lambda folder: make_adapter(folder, r=65536))
+case("adapter: of another rank than it says", "", "is (2, 64), expected (65536, 64)")(
+    lambda folder: make_adapter(folder, r=65536)
+)
 case("adapter: a base that is not there", ADAPTER_CONFIG, "'/not/there' is neither a folder")(
     lambda folder: make_adapter(folder, base_model_name_or_path="/not/there")
 )
@@ -482,7 +484,9 @@ case("tokenizer: 65 MB", TOKENIZER, "is larger than 64 MB")(lambda folder: os.tr
 case("tokenizer: a pattern that is none", TOKENIZER, "not a readable tokenizer")(
     lambda folder: edit_tokenizer(
         folder,
-        lambda raw: raw.update(pre_tokenizer={"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}),
+        lambda raw: raw.update(
+            pre_tokenizer={"type": "Split", "pattern": {"Regex": "(["}, "behavior": "Isolated", "invert": False}
+        ),
     )
 )
 case("tokenizer: an id of 4 billion", TOKENIZER, "has the token id 4000000000")(
@@ -492,9 +496,7 @@ case("tokenizer: more tokens than embeddings", TOKENIZER, "but config.json's voc
     lambda folder: edit_tokenizer(folder, lambda raw: raw["model"]["vocab"].update({f"zz{i}": 600 + i for i in range(9)}))
 )
 case("tokenizer: a beginning without an embedding", TOKENIZER, "has the token id 99999")(
-    lambda folder: edit_tokenizer(
-        folder, lambda raw: raw["post_processor"]["special_tokens"]["<s>"].update(ids=[99999])
-    )
+    lambda folder: edit_tokenizer(folder, lambda raw: raw["post_processor"]["special_tokens"]["<s>"].update(ids=[99999]))
 )
 for name, fields, words in [
     ("a number as token", dict(bos_token=5), "bos_token is 5"),

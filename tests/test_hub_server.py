@@ -15,6 +15,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+
 from conftest import make_reference, write_tokenizer
 
 ROOT = Path(__file__).parent.parent
@@ -102,10 +103,19 @@ def files(tmp_path_factory):
     plain = {p.name: p.read_bytes() for p in folder.iterdir()} | {"consolidated.safetensors": b"x" * 10**6, "README.md": b"hi"}
     torch.save(model.state_dict(), folder / "pytorch_model.bin")
     pickled = {name: data for name, data in plain.items() if "safetensors" not in name}
-    sentences = {"wiki1m_for_simcse.txt": "".join(f"sentence {i} of them\n" for i in range(400)).encode(), "nli_for_simcse.csv": b"a,b\n"}
+    sentences = {
+        "wiki1m_for_simcse.txt": "".join(f"sentence {i} of them\n" for i in range(400)).encode(),
+        "nli_for_simcse.csv": b"a,b\n",
+    }
     pyarrow.parquet.write_table(pyarrow.table({"text": [f" = Title {i} = \n" for i in range(400)]}), folder / "x.parquet")
     wikitext = {"wikitext-103-raw-v1/train-00000-of-00001.parquet": (folder / "x.parquet").read_bytes(), "README.md": b"hi"}
-    return {"Salesforce/wikitext": wikitext, "princeton-nlp/Sheared-LLaMA-1.3B": plain, "princeton-nlp/datasets-for-simcse": sentences, "some/model": plain, "some/old": pickled | {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()}}
+    return {
+        "Salesforce/wikitext": wikitext,
+        "princeton-nlp/Sheared-LLaMA-1.3B": plain,
+        "princeton-nlp/datasets-for-simcse": sentences,
+        "some/model": plain,
+        "some/old": pickled | {"pytorch_model.bin": (folder / "pytorch_model.bin").read_bytes()},
+    }
 
 
 @pytest.fixture

@@ -18,7 +18,14 @@ FLOORS = [
     {"train", "embed"},
 ]
 RUN_TIME = {"torch", "numpy", "tokenizers", "safetensors", "tqdm"}
-IF_INSTALLED = {"huggingface_hub", "pyarrow", "mteb", "matplotlib", "sentence_transformers", "transformers"}  # inside a function
+IF_INSTALLED = {
+    "huggingface_hub",
+    "pyarrow",
+    "mteb",
+    "matplotlib",
+    "sentence_transformers",
+    "transformers",
+}  # inside a function
 
 
 def place(module: str) -> str:

@@ -7,10 +7,10 @@ import subprocess
 import sys
 from pathlib import Path
 
-import embed
 import numpy as np
 import pytest
 
+import embed
 from llm2vec_min import LLM2Vec
 from llm2vec_min import data as data_module
 from llm2vec_min.data import iter_lines, read_lines
@@ -57,7 +57,10 @@ def measure(model_folder, place: Path, count: int) -> dict[str, float]:
     texts = [f"text {i}" for i in (0, count // 2, count // 2 + 1, count - 1)]
     expected = LLM2Vec.from_pretrained(model_folder, device="cpu", max_length=8).encode([*texts, "a long story " * 9])
     np.testing.assert_allclose(rows[[*few, count // 2 + 1]], expected, rtol=1e-5, atol=1e-5)
-    return {name: float(mb) for name, mb in (line.split() for line in done.stdout.splitlines() if line.split()[0] in ("bomb", "texts"))}
+    return {
+        name: float(mb)
+        for name, mb in (line.split() for line in done.stdout.splitlines() if line.split()[0] in ("bomb", "texts"))
+    }
 
 
 def test_one_long_line_among_short_ones(model_folder, tmp_path):
@@ -74,7 +77,16 @@ def test_a_million_lines(model_folder, tmp_path):
 def test_empty_and_damaged_lines_are_counted(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(data_module, "MAX_LINE", 2**20)
     path = tmp_path / "text.txt"
-    lines = [b"\xef\xbb\xbffirst", *[b"line %d" % i for i in range(300)], b"", b"  ", b"caf\xe9", b"long " * 2**20, "é".encode() * 2**20, b"last"]
+    lines = [
+        b"\xef\xbb\xbffirst",
+        *[b"line %d" % i for i in range(300)],
+        b"",
+        b"  ",
+        b"caf\xe9",
+        b"long " * 2**20,
+        "é".encode() * 2**20,
+        b"last",
+    ]
     path.write_bytes(b"\n".join(lines))
     read = read_lines([path])
     assert read[0] == "first" and read[301] == "caf\ufffd" and read[-1] == "last" and len(read) == len(lines) - 2
@@ -94,7 +106,16 @@ def test_mostly_damaged_is_no_text(tmp_path):
 
 def test_a_full_disk_shows_before_the_first_chunk(model_folder, tmp_path, monkeypatch):
     (tmp_path / "texts.txt").write_text("one\ntwo\n")
-    flags = ["--model", str(model_folder), "--device", "cpu", "--input", str(tmp_path / "texts.txt"), "--output", str(tmp_path / "x.npy")]
+    flags = [
+        "--model",
+        str(model_folder),
+        "--device",
+        "cpu",
+        "--input",
+        str(tmp_path / "texts.txt"),
+        "--output",
+        str(tmp_path / "x.npy"),
+    ]
 
     def full(descriptor, offset, size):
         assert size == 128 + 2 * 64 * 4

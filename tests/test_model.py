@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import VARIANTS, random_batch, run_reference
 from transformers.models.llama.modeling_llama import apply_rotary_pos_emb
 
+from conftest import VARIANTS, random_batch, run_reference
 from llm2vec_min import model as ours
 from llm2vec_min.model import attention_mask, rotary_tables, rotate
 
@@ -25,7 +25,9 @@ def test_rotary(both, variant):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("function", "shapes"), [(rotate, [(2, 9, 4, 16), (9, 1, 16), (9, 1, 16)]), (ours.swiglu, [(2, 9, 112)] * 2)])
+@pytest.mark.parametrize(
+    ("function", "shapes"), [(rotate, [(2, 9, 4, 16), (9, 1, 16), (9, 1, 16)]), (ours.swiglu, [(2, 9, 112)] * 2)]
+)
 def test_one_kernel_computes_the_same(function, shapes):
     """What CUDA gets, compiled for the CPU: values, and gradients of what has one."""
     inputs = [torch.randn(shape) for shape in shapes]

@@ -32,7 +32,9 @@ def test_committed_form(path):
 def test_runs(path):
     notebook = nbformat.read(path, as_version=4)
     started = time.monotonic()
-    NotebookClient(notebook, timeout=2 * SECONDS, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
+    NotebookClient(
+        notebook, timeout=2 * SECONDS, kernel_name="python3", resources={"metadata": {"path": path.parent}}
+    ).execute()
     assert time.monotonic() - started < SECONDS
 
 

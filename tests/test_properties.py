@@ -5,10 +5,10 @@ import json
 import numpy as np
 import pytest
 import torch
-from conftest import TOKENIZER_CONFIGS, write_tokenizer
 from hypothesis import HealthCheck, example, given, settings
 from hypothesis import strategies as st
 
+from conftest import TOKENIZER_CONFIGS, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, pack_blocks
 from llm2vec_min.encoder import sorted_batches
@@ -85,7 +85,7 @@ def test_the_end_of_a_very_long_text_is_not_read(tokenizers, kind, piece, begin,
     tokenizer, around = tokenizers[kind], dict(max_length=limit, prefix="[", suffix="]")
     text = begin + piece * 400
     (cut,) = tokenizer.encode([text], **around)
-    (_, read, _), = tokenizer._encodings(["["], [text], "]", limit)
+    ((_, read, _),) = tokenizer._encodings(["["], [text], "]", limit)
     vars(tokenizer)["_longest"], longest = 10**6, tokenizer._longest
     (whole,) = tokenizer.encode([text], **around)
     vars(tokenizer)["_longest"] = longest

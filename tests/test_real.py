@@ -4,9 +4,9 @@ import copy
 
 import pytest
 import torch
+
 from build_smollm2 import FOLDER
 from conftest import TEXTS, run_reference
-
 from llm2vec_min import LLM2Vec
 from llm2vec_min.weights import load_language_model
 

@@ -3,8 +3,8 @@
 import numpy as np
 import pytest
 import transformers
-from conftest import TEXTS, write_tokenizer
 
+from conftest import TEXTS, write_tokenizer
 from llm2vec_min.tokenizer import Tokenizer
 
 
@@ -20,7 +20,9 @@ def test_same_ids_as_transformers(tokenizer_folder):
 
 
 @pytest.mark.parametrize("text", [t for t in TEXTS if t.strip()])
-@pytest.mark.parametrize("prefix, instruction, suffix", [("", "", ""), ("", "Find it:", ""), ("[INST] ", "Find it; ", " [/INST]")])
+@pytest.mark.parametrize(
+    "prefix, instruction, suffix", [("", "", ""), ("", "Find it:", ""), ("[INST] ", "Find it; ", " [/INST]")]
+)
 def test_pools_the_text_alone(tokenizer_folder, text, prefix, instruction, suffix):
     tokenizer = Tokenizer(tokenizer_folder)
     (row,) = tokenizer.encode([text], instruction=instruction, prefix=prefix, suffix=suffix)

@@ -10,8 +10,8 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-from conftest import VARIANTS, make_reference, random_batch, run_reference
 
+from conftest import VARIANTS, make_reference, random_batch, run_reference
 from llm2vec_min.config import ModelConfig
 from llm2vec_min.lora import add_lora, merge_lora
 from llm2vec_min.weights import load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint

@@ -1,6 +1,6 @@
 """A trained encoder as one folder of merged weights that transformers and sentence-transformers load, with equal vectors.
 
-    python -m llm2vec_min.interop.export --model runs/simcse --output exported --dtype bfloat16
+python -m llm2vec_min.interop.export --model runs/simcse --output exported --dtype bfloat16
 """
 
 from __future__ import annotations
@@ -199,7 +199,9 @@ def main(argv: list[str]) -> None:
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
     add_model_flags(parser)
     parser.add_argument("--output", required=True, help="folder to write")
-    parser.add_argument("--prompt", nargs="+", action="extend", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"')
+    parser.add_argument(
+        "--prompt", nargs="+", action="extend", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"'
+    )
     parser.add_argument("--normalize", action="store_true", help="sentence-transformers returns vectors of length 1")
     parser.add_argument("--sentence-transformers", action=argparse.BooleanOptionalAction, default=True,
                         help="write what that library needs [on]")  # fmt: skip

@@ -1,6 +1,6 @@
 """Lets the `mteb` package (2.x) evaluate an encoder:
 
-    python -m llm2vec_min.interop.mteb_adapter --model runs/simcse --tasks STS12 STSBenchmark SciFact --output results
+python -m llm2vec_min.interop.mteb_adapter --model runs/simcse --tasks STS12 STSBenchmark SciFact --output results
 """
 
 from __future__ import annotations

@@ -177,7 +177,9 @@ def check(args: argparse.Namespace) -> None:
         if heads < 1 or width % (2 * heads):
             raise ValueError(f"--hidden-size is {width}, expected an even number for each of {heads} attention heads")
         if args.num_key_value_heads < 1 or heads % args.num_key_value_heads:
-            raise ValueError(f"--num-key-value-heads is {args.num_key_value_heads}, expected a divisor of {heads} attention heads")
+            raise ValueError(
+                f"--num-key-value-heads is {args.num_key_value_heads}, expected a divisor of {heads} attention heads"
+            )
     if Path(args.model).is_dir() and Path(args.output).resolve() == Path(args.model).resolve():
         raise ValueError(f"--output {args.output}: is the --model too; a stage writes into a folder of its own")
     if args.max_length < 4:

@@ -196,9 +196,7 @@ class Loop:
         quiet: bool = False,
     ):
         if settings.batch_size % world_size():
-            raise ValueError(
-                f"--batch-size is {settings.batch_size}, which {world_size()} processes do not divide evenly"
-            )
+            raise ValueError(f"--batch-size is {settings.batch_size}, which {world_size()} processes do not divide evenly")
         self.model, self.settings, self.output, self.quiet = model, settings, output, quiet
         self.arguments, self.is_new = arguments, not resume
         self.is_main = rank() == 0  # who writes and reports
@@ -351,7 +349,9 @@ class Loop:
                 with open(self.output / METRICS, "a", encoding="utf-8") as file:
                     file.write(json.dumps(record) + "\n")
             except OSError as error:
-                raise ValueError(f"{self.output / METRICS}: cannot be written ({error}); --resume goes on from what is saved") from None
+                raise ValueError(
+                    f"{self.output / METRICS}: cannot be written ({error}); --resume goes on from what is saved"
+                ) from None
 
     # ---- killed and resumed ----
 
@@ -371,7 +371,11 @@ class Loop:
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         new, old, beside = (self.output / name for name in (CHECKPOINT, BEFORE, CHECKPOINT + ".part"))
         try:
-            save_file(tensors, beside, metadata={"step": str(step), "sha256": checksum(str(step), tensors), "torch": torch.__version__})
+            save_file(
+                tensors,
+                beside,
+                metadata={"step": str(step), "sha256": checksum(str(step), tensors), "torch": torch.__version__},
+            )
             with open(self.output / METRICS, "ab") as file:
                 os.fsync(file.fileno())
             if new.exists():
@@ -379,7 +383,9 @@ class Loop:
             put(beside, new)
         except (OSError, safetensors.SafetensorError) as error:
             beside.unlink(missing_ok=True)
-            raise ValueError(f"{new}: the state of step {step} could not be saved ({error}); what was saved before is whole") from None
+            raise ValueError(
+                f"{new}: the state of step {step} could not be saved ({error}); what was saved before is whole"
+            ) from None
         self.saved = time.monotonic()
 
     def _load_checkpoint(self) -> int:
@@ -415,8 +421,12 @@ class Loop:
             self._say(f"{path}: not whole ({error}); the one before is used")
             return 0
         if about.get("torch") != torch.__version__:
-            self._say(f"{path}: made by torch {about.get('torch')}, this is {torch.__version__}: the run goes on, not bit for bit")
-        if missing := {f"parameter.{name}" for name in self.parameters} ^ {key for key in tensors if key.startswith("parameter.")}:
+            self._say(
+                f"{path}: made by torch {about.get('torch')}, this is {torch.__version__}: the run goes on, not bit for bit"
+            )
+        if missing := {f"parameter.{name}" for name in self.parameters} ^ {
+            key for key in tensors if key.startswith("parameter.")
+        }:
             raise ValueError(f"{path}: has other weights than this run trains: {', '.join(sorted(missing)[:3])}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():

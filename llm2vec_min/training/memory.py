@@ -173,7 +173,9 @@ def fit(config: ModelConfig, settings: Settings, stage: str, free: float, said: 
     return ways[min(costs)[-1]]
 
 
-def shape_of_run(model: str, settings: Settings, device: str | None, dtype: str | None, sharded: bool) -> tuple[ModelConfig, dict]:
+def shape_of_run(
+    model: str, settings: Settings, device: str | None, dtype: str | None, sharded: bool
+) -> tuple[ModelConfig, dict]:
     """The model's config and the machine, as `plan` and `fit` take them; `WORLD_SIZE` counts the processes.
 
     Raises:
@@ -202,7 +204,9 @@ def free_memory(device: torch.device) -> int:
 
 def is_out_of_memory(error: RuntimeError) -> bool:
     """A GPU's, or the CPU's, whose kind torch does not name."""
-    return isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    return (
+        isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+    )
 
 
 def advise(plan: Plan, device: torch.device) -> str:

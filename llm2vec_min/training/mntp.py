@@ -77,7 +77,9 @@ def chosen_states(decoder: Decoder, masked_ids: Tensor, labels: Tensor) -> tuple
     """For the M chosen positions, the states that predict them (M, C), each one position to the left of its token, and
     the true ids (M,). Labels on the CPU save a GPU's host from waiting to learn what M is."""
     hidden = decoder(masked_ids, causal=False)  # (B, T, C)
-    chosen = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # (B * T,): what the next token is; position 0 has no predecessor
+    chosen = F.pad(
+        labels[:, 1:], (0, 1), value=IGNORED
+    ).flatten()  # (B * T,): what the next token is; position 0 has no predecessor
     where = (chosen != IGNORED).nonzero().squeeze(1)  # (M,)
     targets = to_device(chosen[where], hidden.device)
     return hidden.flatten(0, 1).index_select(0, to_device(where, hidden.device)), targets
@@ -90,9 +92,7 @@ def mntp_logits(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels
     return lm_head(hidden).float(), targets
 
 
-def mntp_loss(
-    decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor, count: int | None = None
-) -> Tensor:
+def mntp_loss(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor, count: int | None = None) -> Tensor:
     """Mean of -log p(x_i | h_{i-1}) over the chosen positions i, in nats; 0 when none is chosen.
 
     Args:

@@ -44,7 +44,6 @@ def theirs(folder: str, output: str) -> None:
 def make_checkpoint(folder: Path) -> None:
     """A random Llama and a tokenizer that both generations of the libraries read."""
     from conftest import make_reference, write_tokenizer
-
     from llm2vec_min.config import ModelConfig
 
     make_reference("llama", vocab_size=600).save_pretrained(folder)

@@ -1,6 +1,6 @@
 """How the loss of the mask adds up with depth: Spearman x 100 of each layer's states, causal and bidirectional, untrained.
 
-    python tests/benchmarks/depth.py --model tiny
+python tests/benchmarks/depth.py --model tiny
 """
 
 import argparse

@@ -30,12 +30,12 @@ from speed import Libraries, Ours, make_texts, synchronize
 
 from llm2vec_min import LLM2Vec, ModelConfig
 from llm2vec_min.config import PRESETS
-from llm2vec_min.training.mntp import mask_tokens
 from llm2vec_min.model import Decoder, init_weights, set_attention_dropout
-from llm2vec_min.training.simcse import backward
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import memory
 from llm2vec_min.training.loop import Settings
+from llm2vec_min.training.mntp import mask_tokens
+from llm2vec_min.training.simcse import backward
 from llm2vec_min.weights import load_decoder, save_checkpoint
 
 TINY = PRESETS["tiny"].model
@@ -307,13 +307,17 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=32, help="sequences of an MNTP step; SimCSE takes 4 times as many")
     parser.add_argument("--length", type=int, default=512, help="tokens of a sequence of MNTP")
     parser.add_argument("--repeats", type=int, default=3)
-    parser.add_argument("--parts", nargs="+", choices=("compare", "growth", "loading"), default=["compare", "growth", "loading"])
+    parser.add_argument(
+        "--parts", nargs="+", choices=("compare", "growth", "loading"), default=["compare", "growth", "loading"]
+    )
     parser.add_argument("--output", default="gpu.json")
     args = parser.parse_args()
     device = torch.device(args.device)
     rate = matrix_rate(device)
     machine = torch.cuda.get_device_name(device) if device.type == "cuda" else f"{torch.get_num_threads()} CPU threads"
-    print(f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}, {rate / 1e12:.3g} x 10^12 bfloat16 operations/s")
+    print(
+        f"{machine}, torch {torch.__version__}, transformers {transformers.__version__}, {rate / 1e12:.3g} x 10^12 bfloat16 operations/s"
+    )
     rows = []
 
     def write(row: dict) -> None:

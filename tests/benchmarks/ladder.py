@@ -87,7 +87,9 @@ def table(results: dict) -> list[str]:
     sets = list(results["scores"]["causal"]["0"])
     judged = [name for name in sets if name != "shipped"]
     names = {"shipped": "shipped pairs", "stsb_dev": "STS-B dev"}
-    heads = [names.get(name, name.upper()) for name in judged] + ["mean"] * bool(judged) + ["shipped pairs"] * ("shipped" in sets)
+    heads = (
+        [names.get(name, name.upper()) for name in judged] + ["mean"] * bool(judged) + ["shipped pairs"] * ("shipped" in sets)
+    )
     lines = ["| | " + " | ".join(heads) + " |", "|---" * (len(heads) + 1) + "|"]
     for rung, seeds in results["scores"].items():
         columns = [[row[name] for row in seeds.values()] for name in judged]

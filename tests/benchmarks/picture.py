@@ -1,6 +1,6 @@
 """Draws the README's picture from a measured ladder: the three steps, and below each what it does to the score.
 
-    python tests/benchmarks/picture.py           # writes .github/steps-light.svg and steps-dark.svg
+python tests/benchmarks/picture.py           # writes .github/steps-light.svg and steps-dark.svg
 """
 
 import json
@@ -76,7 +76,9 @@ def draw(theme: str) -> str:
     x, y = middle[3], TOP + 20
     for dx, dy, color in ((-56, -6, "accent"), (-38, 10, "accent"), (34, -20, "bar"), (66, 6, "bar"), (26, 32, "bar")):
         out.append(f'<circle cx="{x + dx}" cy="{y + dy}" r="6.5" fill="{c[color]}"/>')
-    out.append(f'<ellipse cx="{x - 47}" cy="{y + 2}" rx="28" ry="23" fill="none" stroke="{c["accent"]}" stroke-dasharray="4 3"/>')
+    out.append(
+        f'<ellipse cx="{x - 47}" cy="{y + 2}" rx="28" ry="23" fill="none" stroke="{c["accent"]}" stroke-dasharray="4 3"/>'
+    )
     for dx, dy in ((34, -20), (66, 6), (26, 32)):
         out.append(f'<path d="M{x - 15} {y + 2} L{x + dx - 11} {y + dy}" stroke="{c["line"]}" stroke-width="1.6"/>')
 

@@ -28,8 +28,8 @@ sys.path.insert(0, str(Path(__file__).parent.parent.parent))
 from llm2vec_min import LLM2Vec
 from llm2vec_min.device import DTYPES
 from llm2vec_min.lora import TARGET_MODULES, add_lora
-from llm2vec_min.training.mntp import mask_tokens, mntp_loss
 from llm2vec_min.model import set_attention_dropout
+from llm2vec_min.training.mntp import mask_tokens, mntp_loss
 from llm2vec_min.training.simcse import embed_twins, info_nce
 
 WORDS = "the of a cat dog river mountain walks quickly under seven green houses because nobody knows what time it was".split()
@@ -90,7 +90,9 @@ class Libraries(Ours):
         self.device = torch.device(device)
         with tempfile.TemporaryDirectory() as exported:
             LLM2Vec.from_pretrained(folder, device="cpu").save(f"{exported}/model")
-            self.sentence_transformer = SentenceTransformer(f"{exported}/model", device=str(device), model_kwargs={"dtype": dtype})
+            self.sentence_transformer = SentenceTransformer(
+                f"{exported}/model", device=str(device), model_kwargs={"dtype": dtype}
+            )
 
     def add_lora(self):
         config = peft.LoraConfig(r=16, lora_alpha=32, lora_dropout=LORA_DROPOUT, target_modules=list(TARGET_MODULES))
@@ -188,7 +190,8 @@ def main() -> None:
     vocab_size = sides[0].l2v.decoder.config.vocab_size
     ids = torch.randint(1000 % vocab_size, vocab_size, (8, 128))
     masked_ids, labels = (
-        t.to(device) for t in mask_tokens(ids, mask_id=sides[0].l2v.tokenizer.mask_id(), special_ids=set(), vocab_size=vocab_size)
+        t.to(device)
+        for t in mask_tokens(ids, mask_id=sides[0].l2v.tokenizer.mask_id(), special_ids=set(), vocab_size=vocab_size)
     )
     rows = [("encode 128 texts, median 25 words", alternate(lambda s: s.encode(mixed), sides, args.repeats, device))]
     if args.gguf:

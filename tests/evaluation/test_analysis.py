@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS
 
+from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import analysis, compare
 

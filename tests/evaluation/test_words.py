@@ -5,8 +5,8 @@ import lzma
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS, make_reference, write_tokenizer
 
+from conftest import TEXTS, make_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import evaluate, words
 

@@ -7,9 +7,9 @@ import numpy as np
 import peft
 import pytest
 import transformers
-from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from test_weights import LORA, randomize
 
+from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS, Preset
 
@@ -80,7 +80,7 @@ def test_adapter_with_another_base_names_both(published, tmp_path):
     folder, _ = published
     make_reference("llama", hidden_size=32, vocab_size=600).save_pretrained(folder / "other")
     write_tokenizer(folder / "other")
-    with pytest.raises(ValueError, match=r"mntp: the adapter .made for .*base. does not fit .*other"):
+    with pytest.raises(ValueError, match=r"mntp: the adapter .made for .*base.. does not fit .*other"):
         LLM2Vec.from_pretrained(folder / "other", adapters=[folder / "mntp"], device="cpu")
 
 

@@ -6,10 +6,10 @@ import numpy as np
 import pytest
 import torch
 import transformers
-from conftest import TEXTS, make_reference, write_tokenizer
 from sentence_transformers import SentenceTransformer
 from test_weights import randomize
 
+from conftest import TEXTS, make_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.interop import export as export_module
 from llm2vec_min.interop.export import export_model, main

@@ -3,9 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import TEXTS
 from torch import nn
 
+from conftest import TEXTS
 from llm2vec_min import LLM2Vec, model
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import compile_layers, set_attention_dropout

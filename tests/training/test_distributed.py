@@ -8,18 +8,18 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import TEXTS
 from safetensors.torch import load_file
 
 import embed
 import train
+from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import pack_blocks
 from llm2vec_min.lora import add_lora
-from llm2vec_min.training.mntp import mask_tokens, mntp_loss
 from llm2vec_min.model import set_attention_dropout
-from llm2vec_min.training.simcse import backward, embed_twins, info_nce
 from llm2vec_min.training.loop import seed_torch, trainable_parameters
+from llm2vec_min.training.mntp import mask_tokens, mntp_loss
+from llm2vec_min.training.simcse import backward, embed_twins, info_nce
 
 ROOT = Path(__file__).parent.parent.parent
 STEPS = 4
@@ -38,7 +38,12 @@ def train_flags(model_folder, tmp_path, stage) -> list:
     if stage == "supervised":  # processes have different numbers of texts, and queries an instruction
         lines = [
             json.dumps(
-                {"query": f"{i} {line}", "positive": line[::-1], "negative": [line[n:] for n in range(i % 3)], "instruction": "A:"}
+                {
+                    "query": f"{i} {line}",
+                    "positive": line[::-1],
+                    "negative": [line[n:] for n in range(i % 3)],
+                    "instruction": "A:",
+                }
             )
             for i, line in enumerate(lines)
         ]

@@ -35,7 +35,9 @@ class Lab:
         shutil.copytree(model, self.model)
         words = "the cat sat on the mat and a dog ran over that hill while it was cold".split()
         rng = random.Random(0)
-        self.text.write_text("".join(" ".join(rng.choices(words, k=9)) + f" {i}\n" for i in range(2200 if stage == "pretrain" else 100)))
+        self.text.write_text(
+            "".join(" ".join(rng.choices(words, k=9)) + f" {i}\n" for i in range(2200 if stage == "pretrain" else 100))
+        )
         self.flags = [
             *FLAGS[stage], *(["--model", str(self.model)] if stage != "pretrain" else []), "--data", str(self.text),
             "--steps", "6", "--batch-size", "4", "--device", "cpu", "--lr", "1e-3", "--save-every", "1", "--eval-every", "2",
@@ -73,7 +75,9 @@ class Lab:
 
     def result(self, output: Path) -> tuple:
         """All that a run leaves, but for its speed and its own name."""
-        found = {path.name: path.read_bytes() for path in output.iterdir() if path.name not in ("metrics.jsonl", "train_args.json")}
+        found = {
+            path.name: path.read_bytes() for path in output.iterdir() if path.name not in ("metrics.jsonl", "train_args.json")
+        }
         lines = [json.loads(line) for line in (output / "metrics.jsonl").read_text().splitlines()]
         for line in lines:
             line.pop("tokens_per_s", None)
@@ -260,7 +264,12 @@ class Lab:
             (lambda: self.text.write_text(text.replace("cat", "cow")), lambda: self.text.write_text(text), (), "SHA-256 of"),
             (lambda: self.text.write_text(text + "more\n"), lambda: self.text.write_text(text), (), "SHA-256 of"),
             (self.text.unlink, lambda: self.text.write_text(text), (), "text.txt: not a readable text file"),
-            (lambda: self.model.rename(self.place / "m"), lambda: (self.place / "m").rename(self.model), (), "neither a folder nor"),
+            (
+                lambda: self.model.rename(self.place / "m"),
+                lambda: (self.place / "m").rename(self.model),
+                (),
+                "neither a folder nor",
+            ),
             (lambda: None, lambda: None, ("--lr", "1e-2"), "lr was 0.001, is 0.01"),
             (lambda: None, lambda: None, ("--seed", "1"), "seed was 0, is 1"),
         ]:

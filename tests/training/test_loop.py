@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 import safetensors
 import torch
-from conftest import TEXTS
 from safetensors.torch import load_file, save_file
 
+from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.evaluation import ranks, spearman
@@ -156,7 +156,11 @@ def test_steps_that_are_not_finite_are_skipped(model_folder, tmp_path, monkeypat
     l2v, loop = train(model_folder, "mntp", tmp_path, quiet=False)
     assert all(torch.isfinite(weight).all() for weight in weights(l2v).values())
     records = [json.loads(line) for line in open(tmp_path / "metrics.jsonl")]
-    assert [r["step"] for r in records if "skipped" in r] == [2, 3, 5] and [r["step"] for r in records if "loss" in r] == [1, 4, 6]
+    assert [r["step"] for r in records if "skipped" in r] == [2, 3, 5] and [r["step"] for r in records if "loss" in r] == [
+        1,
+        4,
+        6,
+    ]
     assert "skipped (2 in a row)" in capsys.readouterr().out
     assert loop.optimizer.state[next(iter(loop.parameters.values()))]["step"] == 3, "no moment has seen a bad gradient"
 
@@ -311,7 +315,7 @@ def test_parquet(tmp_path, monkeypatch):
     [
         ("empty.txt", b"\n \n", "empty.txt: no text in it"),
         ("bad.jsonl", b'{"text": "a"}\n{"words": 1}\n', "bad.jsonl:2: expected a JSON string"),
-        ("null.jsonl", b'{"text": null}\n', "null.jsonl:1: expected .* a string \"text\", found '{\"text\": null}'"),
+        ("null.jsonl", b'{"text": null}\n', 'null.jsonl:1: expected .* a string "text", found \'{"text": null}\''),
         ("five.jsonl", b'"a"\n{"text": 5}\n', "five.jsonl:2: expected"),
         ("list.jsonl", b'["a"]\n', "list.jsonl:1: expected"),
         ("cut.jsonl", b'"a"\n{"text": "cut \\ud83d"}\n', "cut.jsonl:2: the text holds half of a surrogate pair at character 4"),

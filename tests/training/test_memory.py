@@ -10,10 +10,10 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
 from llm2vec_min.lora import add_lora
-from llm2vec_min.training.memory import count_adapter, count_parameters, fit, plan
-from llm2vec_min.training.mntp import mntp_loss
 from llm2vec_min.model import Decoder, set_attention_dropout
 from llm2vec_min.training.loop import Settings
+from llm2vec_min.training.memory import count_adapter, count_parameters, fit, plan
+from llm2vec_min.training.mntp import mntp_loss
 
 SHAPES = {
     "1.3b": (2048, 24, 16, 16, 5504),
@@ -145,7 +145,9 @@ def test_processes_share_the_work_and_sharding_the_weights():
 def test_gradcache_costs_a_forward_pass():
     config = make_config(*SHAPES["1.3b"])
     whole, cached = (plan(config, Settings(micro_batch_size=size), "simcse") for size in (0, 8))
-    assert plan(config, Settings(), "supervised").operations["forward"] == 1.5 * whole.operations["forward"], "three texts a row"
+    assert plan(config, Settings(), "supervised").operations["forward"] == 1.5 * whole.operations["forward"], (
+        "three texts a row"
+    )
     extra = sum(cached.operations.values()) - sum(whole.operations.values())
     assert extra == pytest.approx(whole.operations["forward"])
     assert cached.peak < 0.4 * whole.peak

@@ -3,10 +3,10 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import random_batch, run_reference
 
-from llm2vec_min.training.mntp import IGNORED, explain, mask_tokens, mntp_logits, mntp_loss
+from conftest import random_batch, run_reference
 from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.training.mntp import IGNORED, explain, mask_tokens, mntp_logits, mntp_loss
 
 FIXED = dict(mask_id=5, special_ids={0, 1}, vocab_size=1000)
 

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+
 from conftest import TEXTS, make_reference, write_tokenizer
 
 ROOT = Path(__file__).parent.parent.parent
@@ -57,8 +58,16 @@ def test_encoding_waits_once_a_batch(flags, tmp_path):
 @pytest.mark.parametrize(
     ("where", "wrong", "message"),
     [
-        ("simcse.info_nce", "lambda a, b, t: F.cross_entropy(F.normalize(a) @ F.normalize(b).T, torch.arange(len(a)))", "device"),
-        ("simcse.pool", "lambda hidden, mask, mode: hidden[mask].float().mean(0)[None].repeat(len(hidden), 1)", "how many are True"),
+        (
+            "simcse.info_nce",
+            "lambda a, b, t: F.cross_entropy(F.normalize(a) @ F.normalize(b).T, torch.arange(len(a)))",
+            "device",
+        ),
+        (
+            "simcse.pool",
+            "lambda hidden, mask, mode: hidden[mask].float().mean(0)[None].repeat(len(hidden), 1)",
+            "how many are True",
+        ),
     ],
     ids=["targets on the CPU", "waits for a mask"],
 )

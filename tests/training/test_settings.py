@@ -4,11 +4,11 @@ from dataclasses import fields
 
 import pytest
 import torch
-from conftest import TEXTS
 from test_loop import same, train, weights
 from test_weights import randomize
 
 import train as command
+from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.lora import LoRALinear, add_lora
@@ -32,7 +32,16 @@ WEIGHTS = {
     "temperature": ("simcse", 0.5),
 }
 SUPERVISED = {"in_batch_negatives", "filter_negatives", "matryoshka"}  # test_supervised.py
-OTHERWISE = {"steps", "micro_batch_size", "eval_every", "save_every", "lora_r", "lora_alpha", "lora_dropout", "gradient_checkpointing"}
+OTHERWISE = {
+    "steps",
+    "micro_batch_size",
+    "eval_every",
+    "save_every",
+    "lora_r",
+    "lora_alpha",
+    "lora_dropout",
+    "gradient_checkpointing",
+}
 
 
 def test_every_field_has_a_test():

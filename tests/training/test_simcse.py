@@ -70,7 +70,9 @@ def test_equal_sentences_are_not_negatives(l2v, monkeypatch):
     counted = torch.from_numpy(different(np.array([7, 7, 2])))
     assert counted.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
     a, b = torch.randn(3, 8), torch.randn(3, 8)
-    expected = np.mean([by_hand(a[[0]], b[[0, 2]], 0.05), by_hand(a[[1]], b[[1, 2]], 0.05), by_hand(a[[2]], b[[2, 0, 1]], 0.05)])
+    expected = np.mean(
+        [by_hand(a[[0]], b[[0, 2]], 0.05), by_hand(a[[1]], b[[1, 2]], 0.05), by_hand(a[[2]], b[[2, 0, 1]], 0.05)]
+    )
     assert info_nce(a, b, 0.05, counted).item() == pytest.approx(expected, rel=1e-5)
     seen = []
 

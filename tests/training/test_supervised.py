@@ -8,9 +8,9 @@ import math
 import numpy as np
 import pytest
 import torch
+
 import train
 from conftest import TEXTS
-
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.training import supervised
@@ -25,7 +25,11 @@ CASES = {
     "lists": [Triplet("q0", "p0", ("a", "b", "c")), Triplet("q1", "p1"), Triplet("q2", "p2", ("d",))],
     "several positives of a query": [Triplet("q0", "p0", ("n0",)), Triplet("q0", "p1", ("n0",)), PLAIN[2]],
     "one positive of two queries": [Triplet("q0", "p", ("n0",)), Triplet("q1", "p", ("n1",)), Triplet("q2", "p2")],
-    "a negative that answers another query": [Triplet("q0", "p0", ("p1",)), Triplet("q1", "p1", ("p0", "p2")), Triplet("q2", "p2")],
+    "a negative that answers another query": [
+        Triplet("q0", "p0", ("p1",)),
+        Triplet("q1", "p1", ("p0", "p2")),
+        Triplet("q2", "p2"),
+    ],
     "a negative that is another query": [Triplet("q0", "p0", ("q1",)), PLAIN[1], Triplet("q2", "q1")],
     "the same row twice": [PLAIN[0], PLAIN[0], PLAIN[1]],
 }
@@ -121,7 +125,11 @@ def some_triplets(count=24) -> list[Triplet]:
     """With lists of negatives, some rows without any, and instructions."""
     return [
         Triplet(
-            f"{TEXTS[i % 4]} {i}", f"{i} {TEXTS[(i + 1) % 4][:20]}", tuple(f"no {n} {i}" for n in range(i % 3)), "Find:", i % 2 == 0
+            f"{TEXTS[i % 4]} {i}",
+            f"{i} {TEXTS[(i + 1) % 4][:20]}",
+            tuple(f"no {n} {i}" for n in range(i % 3)),
+            "Find:",
+            i % 2 == 0,
         )
         for i in range(count)
     ]
