@@ -77,9 +77,8 @@ def chosen_states(decoder: Decoder, masked_ids: Tensor, labels: Tensor) -> tuple
     """For the M chosen positions, the states that predict them (M, C), each one position to the left of its token, and
     the true ids (M,). Labels on the CPU save a GPU's host from waiting to learn what M is."""
     hidden = decoder(masked_ids, causal=False)  # (B, T, C)
-    chosen = F.pad(
-        labels[:, 1:], (0, 1), value=IGNORED
-    ).flatten()  # (B * T,): what the next token is; position 0 has no predecessor
+    # what the next token is, (B * T,); position 0 has no predecessor
+    chosen = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
     where = (chosen != IGNORED).nonzero().squeeze(1)  # (M,)
     targets = to_device(chosen[where], hidden.device)
     return hidden.flatten(0, 1).index_select(0, to_device(where, hidden.device)), targets
