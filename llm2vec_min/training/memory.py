@@ -82,6 +82,11 @@ def kept_per_token(config: ModelConfig, settings: Settings, size: int, on_gpu: b
     return norms + attention + swiglu + adapters
 
 
+def units(settings: Settings, stage: str, processes: int) -> int:
+    """What a micro-batch counts, of one process's share of the batch: sequences; of triplets, the three texts."""
+    return settings.batch_size // processes * (3 if stage == "supervised" else 1)
+
+
 def plan(
     config: ModelConfig,
     settings: Settings,
@@ -103,7 +108,7 @@ def plan(
     C, V, L, T = config.hidden_size, config.vocab_size, config.num_hidden_layers, settings.max_length
     count, adapter = count_parameters(config), count_adapter(config, settings.lora_r)
     head = count["head"] if is_mntp else 0
-    share = settings.batch_size // processes * (3 if stage == "supervised" else 1)  # of rows; there, of texts
+    share = units(settings, stage, processes)
     part = min(settings.micro_batch_size or share, share)
     rows = 2 * part if is_simcse else part  # of one forward pass
     tokens = rows * T
@@ -158,7 +163,7 @@ def fit(config: ModelConfig, settings: Settings, stage: str, free: float, said: 
         said: which of `gradient_checkpointing` and `micro_batch_size` are to stay as they are.
         machine: as for `plan`.
     """
-    share = settings.batch_size // machine.get("processes", 1)
+    share = units(settings, stage, machine.get("processes", 1))
     sizes = [0, *(share >> n for n in range(1, share.bit_length()))]  # all, half, a quarter ... one
     sizes = [settings.micro_batch_size] if "micro_batch_size" in said else sizes
     kinds = [settings.gradient_checkpointing] if "gradient_checkpointing" in said else [False, True]

@@ -162,7 +162,8 @@ def train_supervised(
         batch = [triplets[i] for i in order[step]]  # that of all processes
         encoded = l2v.tokenize(flatten(batch), max_length=settings.max_length)
         counted = count_candidates(batch, settings.in_batch_negatives).to(l2v.device)
-        mine, places = share_out([len(row.ids) for row in encoded])
+        mine, where = share_out([len(row.ids) for row in encoded])
+        places = torch.from_numpy(where).to(l2v.device)
         size = settings.micro_batch_size or len(mine)
         parts = [[encoded[i] for i in mine[start : start + size]] for start in range(0, len(mine), size)]
 

@@ -168,5 +168,7 @@ def test_the_fastest_way_that_fits():
     chosen = fit(small, twins, "simcse", 80e9)  # GradCache and checkpointing cost the same; one of them is enough
     assert bool(chosen.micro_batch_size) + chosen.gradient_checkpointing == 1
     told = replace(settings, micro_batch_size=8, gradient_checkpointing=True)
+    triplets = fit(small, Settings(batch_size=512), "supervised", 80e9)
+    assert triplets.micro_batch_size == 48 and not triplets.gradient_checkpointing, "a 32nd of 1536 texts"
     said = fit(config, told, "mntp", 80e9, {"micro_batch_size", "gradient_checkpointing"})
     assert said == told, "what the user has said stays"

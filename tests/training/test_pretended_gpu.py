@@ -14,7 +14,7 @@ ROOT = Path(__file__).parent.parent.parent
 TRAIN = ["--eval", "", "--steps", "2", "--batch-size", "4", "--max-length", "16"]
 WHOLE = ["--gradient-checkpointing", "--micro-batch-size", "2"]  # GradCache in SimCSE
 # Not while a step is computed: the report of an evaluation, the result, the two numbers of a step's report.
-MAY_WAIT = {"held_out_score", "save_adapter", "Loop._save_checkpoint", "Loop.update", "LLM2Vec._encode", "explain"}
+MAY_WAIT = {"held_out_score", "save_adapter", "Loop._save_checkpoint", "Loop.update", "LLM2Vec.encode", "explain"}
 
 
 @pytest.fixture(scope="module")
@@ -36,9 +36,14 @@ def run(script: str, *flags, preamble: str = "") -> subprocess.CompletedProcess:
 
 
 @pytest.mark.parametrize("extra", [[], WHOLE], ids=["plain", "checkpointing and parts"])
-@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+@pytest.mark.parametrize("stage", ["mntp", "simcse", "supervised"])
 def test_no_forward_pass_waits(flags, tmp_path, stage, extra):
     model, text = flags
+    if stage == "supervised":
+        lines = [line for line in Path(text).read_text().splitlines() if line.strip()]
+        triplets = [{"query": a, "positive": b, "negative": [a[3:] + "?"] * (len(a) % 2)} for a, b in zip(lines, lines[1:], strict=False)]
+        (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, triplets)))
+        text, extra = str(tmp_path / "text.jsonl"), [*extra, "--matryoshka", "8"]
     done = run("train.py", "--stage", stage, *model, "--data", text, *TRAIN, *extra, "--output", str(tmp_path / "run"))
     assert done.returncode == 0, done.stderr
     waits = json.loads(done.stdout.splitlines()[-1])
@@ -52,7 +57,7 @@ def test_encoding_waits_once_a_batch(flags, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = len(Path(text).read_text().splitlines())
     waits = json.loads(done.stdout.splitlines()[-1])
-    assert waits.pop("LLM2Vec.fingerprint") and waits == {"LLM2Vec._encode": -(-lines // 8)}
+    assert waits.pop("LLM2Vec.fingerprint") and waits == {"LLM2Vec.encode": -(-lines // 8)}
 
 
 @pytest.mark.parametrize(
