@@ -3,8 +3,8 @@
     python tests/benchmarks/ladder.py --model tiny --seeds 0 1 2
     LLM2VEC_MIN_STS=folder python tests/benchmarks/ladder.py --model DIR --preset smollm2-135m --dtype bfloat16 --data ...
 
-The rungs: causal; bidirectional untrained; + MNTP; + SimCSE (all of LLM2Vec); and the two shortcuts, SimCSE on the causal
-model and on the bidirectional one without MNTP. Scored on the shipped pairs and on every .tsv file (score, sentence,
+The rungs: causal; bidirectional untrained; + MNTP; + SimCSE (all of LLM2Vec); the two shortcuts, SimCSE on the causal model
+and on the bidirectional one without MNTP; and the supervised stage on top of SimCSE, where there are triplets. Scored on the shipped pairs and on every .tsv file (score, sentence,
 sentence) of the folder that LLM2VEC_MIN_STS names. Other flags go to all stages of train.py, `--mntp "..."` and
 `--simcse "..."` to one. The same command continues a ladder that was stopped; ladder.json in --output holds what is
 measured so far.
@@ -28,7 +28,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.files import write_json
 
-RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE", "bidirectional + SimCSE")
+RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE", "bidirectional + SimCSE", "+ supervised")
 NAMES = {"bidirectional": "bidirectional, untrained", "+ SimCSE": "**+ SimCSE = LLM2Vec**"}
 
 
@@ -40,6 +40,7 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--mntp", default="", help="flags of the MNTP stage")
     parser.add_argument("--simcse", default="", help="flags of the SimCSE stages")
+    parser.add_argument("--supervised", default="", help="flags of the supervised stage, which a model but tiny needs to have one")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sets", nargs="*", help="names of the STS files to use, such as stsb_dev; default: all but *_train")
     args, common = parser.parse_known_args()
@@ -76,7 +77,10 @@ def main() -> None:
     for seed in args.seeds:
         simcse = ["--stage", "simcse", *shlex.split(args.simcse)]
         mntp = stage("+ MNTP", "mntp", seed, ["--stage", "mntp", "--model", args.model, *shlex.split(args.mntp)])
-        stage("+ SimCSE", "simcse", seed, [*simcse, "--model", mntp])
+        unsupervised = stage("+ SimCSE", "simcse", seed, [*simcse, "--model", mntp])
+        if args.model == "tiny" or args.supervised:
+            flags = ["--stage", "supervised", "--model", unsupervised, *shlex.split(args.supervised)]
+            stage("+ supervised", "supervised", seed, flags)
         stage("causal + SimCSE", "causal-simcse", seed, [*simcse, "--model", args.model, "--causal"])
         stage("bidirectional + SimCSE", "bidirectional-simcse", seed, [*simcse, "--model", args.model])
     print("\n".join(table(json.loads(results.read_text()))))

@@ -58,7 +58,8 @@ def test_loss_is_transformers_shifted_cross_entropy(both, variant):
 def test_only_masked_positions_get_logits(both):
     _, mine = both("llama")
     ids, _ = random_batch()
-    _, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=257)
+    generator = torch.Generator().manual_seed(0)
+    _, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=257, probability=0.5, generator=generator)
     logits, targets = mntp_logits(mine.model, mine.lm_head, ids, labels)
     assert logits.shape == ((labels != IGNORED).sum(), 257) and len(targets) == len(logits)
     position = int((labels[0] != IGNORED).nonzero()[0])
