@@ -1,0 +1,74 @@
+"""What the README says: its tables come from the measured JSON, its files, links, presets and flags exist."""
+
+import json
+import re
+import sys
+from pathlib import Path
+from statistics import mean
+
+import pytest
+
+from llm2vec_min.config import PRESETS
+
+ROOT = Path(__file__).parent.parent
+RESULTS = ROOT / "tests" / "benchmarks" / "results"
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import ladder  # noqa: E402
+import picture  # noqa: E402
+
+README = (ROOT / "README.md").read_text()
+BENCHMARKS = (ROOT / "tests" / "benchmarks" / "README.md").read_text()
+
+
+def overview() -> list[str]:
+    """The README's ladder: of each model and rung the mean over the five judged sets."""
+    lines = ["| | " + " | ".join(ladder.NAMES.get(r, r) for r in ladder.RUNGS) + " |", "|---" * (len(ladder.RUNGS) + 1) + "|"]
+    for model, name in (("smollm2-135m", "SmolLM2-135M, one seed"), ("tiny", "`tiny`, 1.6M parameters, three seeds")):
+        scores = json.loads((RESULTS / f"{model}.json").read_text())["scores"]
+        cells = []
+        for rung in ladder.RUNGS:
+            means = [mean(row[name] for name in picture.SETS) for row in scores.get(rung, {}).values()]
+            cells.append(f"{mean(means):.1f}" if means else "")
+        lines.append(f"| {name} | " + " | ".join(cells) + " |")
+    return lines
+
+
+def test_the_ladder_is_the_measured_one():
+    assert "\n".join(overview()) in README
+
+
+@pytest.mark.parametrize("model", ["smollm2-135m", "tiny"])
+def test_the_benchmarks_tables_are_the_measured_ones(model):
+    assert "\n".join(ladder.table(json.loads((RESULTS / f"{model}.json").read_text()))) in BENCHMARKS
+
+
+@pytest.mark.parametrize("theme", picture.THEMES)
+def test_the_picture_is_drawn_from_the_measured_ladder(theme):
+    assert (ROOT / ".github" / f"steps-{theme}.svg").read_text() == picture.draw(theme)
+
+
+def test_links_and_files_exist():
+    assert len(README.splitlines()) <= 170
+    for text, base in ((README, ROOT), (BENCHMARKS, ROOT / "tests" / "benchmarks")):
+        for target in re.findall(r"\]\(([^)#]+)|src(?:set)?=\"([^\"]+)", text):
+            name = "".join(target).split("#")[0]
+            assert name.startswith("http") or (base / name).exists(), name
+    for path in re.findall(r"python ((?:tests/)?[\w/]+\.py)", README + BENCHMARKS):
+        assert (ROOT / path).is_file(), path
+    for module in re.findall(r"python -m (llm2vec_min[\w.]+)", README):
+        path = ROOT / module.replace(".", "/")
+        assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), module
+
+
+def test_presets_exist():
+    listed = re.search(r"Presets: (.*?); or any", README, re.S)[1]
+    assert set(re.findall(r"`([\w.-]+)`", listed)) == {name for name in PRESETS if not name.startswith("llm2vec-")}
+
+
+def test_flags_exist():
+    from llm2vec_min.training.flags import build_parser
+
+    known = set(re.findall(r"--[\w-]+", build_parser([], "").format_help() + (ROOT / "embed.py").read_text()))
+    for file in sorted((ROOT / "llm2vec_min").rglob("*.py")):
+        known |= set(re.findall(r"\"(--[\w-]+)\"", file.read_text()))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known | {"--nproc_per_node"}
