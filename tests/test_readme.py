@@ -71,4 +71,4 @@ def test_flags_exist():
     known = set(re.findall(r"--[\w-]+", build_parser([], "").format_help() + (ROOT / "embed.py").read_text()))
     for file in sorted((ROOT / "llm2vec_min").rglob("*.py")):
         known |= set(re.findall(r"\"(--[\w-]+)\"", file.read_text()))
-    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known | {"--nproc_per_node"}
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known | {"--nproc_per_node", "--index-url"}

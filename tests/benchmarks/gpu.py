@@ -35,7 +35,7 @@ from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import memory
 from llm2vec_min.training.loop import Settings
 from llm2vec_min.training.mntp import mask_tokens
-from llm2vec_min.training.simcse import backward
+from llm2vec_min.training.simcse import backward, embed_twins, info_nce
 from llm2vec_min.weights import load_decoder, save_checkpoint
 
 TINY = PRESETS["tiny"].model
@@ -76,7 +76,12 @@ class RandomOurs(Ours):
         set_attention_dropout(self.l2v.decoder, 0.3)
         encoded = self.l2v.tokenizer.encode(texts, max_length=128)
         parts = [encoded[i : i + micro_batch_size] for i in range(0, len(encoded), micro_batch_size)]
-        backward(self.l2v, parts, 0.05, torch.manual_seed)
+
+        def embed(part):
+            torch.manual_seed(part)
+            return torch.stack(embed_twins(self.l2v, parts[part]), dim=1)
+
+        backward(embed, len(parts), lambda twins: info_nce(twins[:, 0], twins[:, 1], 0.05))
         set_attention_dropout(self.l2v.decoder, 0.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)

@@ -40,7 +40,9 @@ def main() -> None:
     parser.add_argument("--dtype", default="float32")
     parser.add_argument("--mntp", default="", help="flags of the MNTP stage")
     parser.add_argument("--simcse", default="", help="flags of the SimCSE stages")
-    parser.add_argument("--supervised", default="", help="flags of the supervised stage, which a model but tiny needs to have one")
+    parser.add_argument(
+        "--supervised", default="", help="flags of the supervised stage, which a model but tiny needs to have one"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--sets", nargs="*", help="names of the STS files to use, such as stsb_dev; default: all but *_train")
     args, common = parser.parse_known_args()
