@@ -110,6 +110,11 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     )
     if args.preset:
         l2v.preset, l2v.template = args.preset, PRESETS[args.preset].template
+    spare = TemporaryDirectory()  # which lives as long as this function
+    l2v.keep_adapters(spare.name)
+    arguments["encoder"] = l2v.fingerprint()
+    if args.resume:  # by its content, the model must be the one it began with, too
+        plan_output(args.output, arguments, resume=True)
     torch.manual_seed(args.seed)
     add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
     l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
@@ -156,7 +161,7 @@ def fit_memory(args: argparse.Namespace, settings: Settings, said: set, device: 
 def main(argv: list[str]) -> None:
     parser = build_parser(argv, __doc__)
     args = parser.parse_args(argv)
-    check(args)
+    check(args, parser)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
     if args.dry_run:
@@ -179,7 +184,7 @@ def main(argv: list[str]) -> None:
     if rank() == 0:
         print(in_force(args, parser))
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
-    arguments |= identify(args.data + ([args.eval] if args.eval else []))
+    arguments |= {"files": args.data} | identify(args.data + ([args.eval] if args.eval else []))
     if args.resume:  # the data's content, too
         plan_output(args.output, arguments, resume=True)
     try:

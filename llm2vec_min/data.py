@@ -58,6 +58,8 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
                     while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
                         pass
                 if number == 1:
+                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
+                        raise ValueError(f"{path}: is UTF-16, expected UTF-8 (iconv -f utf-16 -t utf-8)")
                     line = line.removeprefix(codecs.BOM_UTF8)
                 try:
                     text = line.decode(errors="ignore" if is_cut else "strict")

@@ -172,7 +172,10 @@ class LLM2Vec(nn.Module):
         base, chain, settings = find_chain(name)
         for adapter in adapters:
             chain.append(resolve(adapter))
-            settings |= {k: v for k, v in read_settings(chain[-1]).items() if k in ("pooling_mode", "max_length")}
+            own = read_settings(chain[-1])
+            if len(own.get("adapters", ())) > len(chain):
+                raise ValueError(f"{adapter}: stands on {len(own['adapters']) - 1} earlier adapters: make it the model, or name them first")
+            settings |= {k: v for k, v in own.items() if k in ("pooling_mode", "max_length", "causal", "template")}
         try:
             base_folder = resolve(base)
         except ValueError as error:
@@ -214,7 +217,8 @@ class LLM2Vec(nn.Module):
         """Ids and pooled positions of each text; an item may also be an [instruction, text] pair of its own."""
         pairs = [(instruction, item) if isinstance(item, str) else item for item in texts]
         for item in pairs:
-            if not isinstance(item, (list, tuple)) or len(item) != 2 or not isinstance(item[1], str):
+            whole = isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[1], str)
+            if not whole or not isinstance(item[0] or "", str):
                 raise ValueError(f"expected a text or an [instruction, text] pair, found {item!r}")
         prefix, suffix = self.template
         return self.tokenizer.encode(
@@ -295,7 +299,8 @@ class LLM2Vec(nn.Module):
     def fingerprint(self) -> str:
         """16 hex digits that differ between encoders whose vectors differ: other weights, adapters, dtype, tokenizer or
         settings; not with where the files lie. Of each weight it reads up to 256 numbers, which a retraining changes."""
-        digest = hashlib.sha256(json.dumps(self.settings(), sort_keys=True).encode())
+        said = {**self.settings(), "config": self.decoder.config.to_dict()}
+        digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         digest.update(self.tokenizer.backend.to_str().encode())
         for name, weight in self.decoder.state_dict().items():
             sample = weight.flatten()[:: max(1, weight.numel() // 256)][:256]
@@ -368,22 +373,32 @@ class LLM2Vec(nn.Module):
             "template": list(self.template),
         }
 
+    def keep_adapters(self, folder: str | Path) -> None:
+        """Copies the files of the adapters that were merged, as they are now: theirs may be replaced while this one trains.
+
+        Raises:
+            ValueError: one has gone since it was loaded.
+        """
+        for number, adapter in enumerate(self.adapters):
+            target = Path(folder, str(number))
+            target.mkdir(parents=True, exist_ok=True)
+            for file in (ADAPTER, ADAPTER_CONFIG, "train_args.json"):
+                if not (adapter / file).is_file():
+                    if file == "train_args.json":  # an adapter of others comes without its arguments
+                        continue
+                    raise ValueError(f"{adapter / file}: has gone since it was loaded")
+                shutil.copyfile(adapter / file, target / (file + ".part"))
+                put(target / (file + ".part"), target / file)
+            self.adapters[number] = target
+
     def save_run(self, output: str | Path, stage: str) -> None:
         """Writes a stage's result: all but the base weights, so that the folder can be moved and loaded by its name.
 
         The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
         """
         output = Path(output)
-        names = []
-        for number, adapter in enumerate(self.adapters):
-            target = output / "adapters" / str(number)
-            target.mkdir(parents=True, exist_ok=True)
-            for file in (ADAPTER, ADAPTER_CONFIG, "train_args.json"):
-                if not (adapter / file).is_file():  # an adapter of others comes without its arguments
-                    continue
-                shutil.copyfile(adapter / file, target / (file + ".part"))
-                put(target / (file + ".part"), target / file)
-            names.append(f"adapters/{number}")
+        self.keep_adapters(output / "adapters")
+        names = [f"adapters/{number}" for number in range(len(self.adapters))]
         save_adapter(self.decoder, output, self.base_model)
         self.tokenizer.save(output)
         write_json(

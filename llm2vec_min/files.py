@@ -6,6 +6,7 @@ import json
 import os
 import reprlib
 import shutil
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -86,12 +87,14 @@ def write_json(path: str | Path, value: dict) -> None:
 
 def replace_folder(new: Path, output: Path) -> None:
     """Renames `new` to `output`. A folder there is moved aside first and removed last: one of the two is whole at any time."""
-    old = output.with_name(output.name + ".old")
-    shutil.rmtree(old, ignore_errors=True)
-    if output.exists():
-        os.replace(output, old)
-    os.replace(new, output)
-    shutil.rmtree(old, ignore_errors=True)
+    aside = Path(tempfile.mkdtemp(prefix=f".{output.name}.old-", dir=output.parent))  # a name that nobody else has
+    try:
+        if output.exists():
+            os.replace(output, aside / output.name)
+        os.replace(new, output)
+    finally:
+        if output.exists():
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 @contextmanager
@@ -102,10 +105,13 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         ValueError: it cannot be written.
     """
     output = Path(output)
-    part = output.with_name(output.name + ".part")
-    shutil.rmtree(part, ignore_errors=True)
     try:
-        part.mkdir(parents=True)
+        output.parent.mkdir(parents=True, exist_ok=True)
+        part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error})") from None
+    try:
+        part.chmod(0o755)  # mkdtemp's is for its owner alone
         yield part
         replace_folder(part, output)
     except OSError as error:

@@ -241,6 +241,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--output", "{model}"], "is the --model too; a stage writes into a folder of its own"),
         (["--mask-probability", "1.5"], r"--mask-probability is 1.5, expected a number in \(0, 1\]"),
         (["--adam-beta2", "1.5"], r"--adam-beta2 is 1.5, expected a number in \[0, 1\)"),
+        (["--lora-alpha", "0"], "--lora-alpha is 0.0, expected a number above 0"),
         (["--seed", "-1"], "--seed is -1, expected 0 or more"),
         (["--stage", "simcse", "--batch-size", "1"], "the negatives are the other texts of the batch, it needs at least 2"),
         (["--model", "{causal}"], "MNTP trains a bidirectional encoder, found causal=True"),
@@ -399,3 +400,101 @@ def test_compiled_steps_are_the_same(model_folder, tmp_path, stage):
         ])  # fmt: skip
         losses.append([r["loss"] for r in map(json.loads, open(output / "metrics.jsonl")) if "loss" in r])
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-5)
+
+
+# ---- what a resumed or replaced run must not do ----
+
+
+def flags_of(files, model, output, stage="simcse"):
+    return ["--stage", stage, "--model", str(model), "--data", str(files / "text.txt"), "--output", str(output), "--eval", "",
+            "--max-length", "16", "--save-every", "1", *QUICK]  # fmt: skip
+
+
+def train_interrupted(monkeypatch, argv):
+    update = Loop.update
+
+    def die(self, *arguments):
+        if self.step == 2:
+            raise KeyboardInterrupt
+        update(self, *arguments)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Loop, "update", die)
+        train.main(argv)
+
+
+def test_other_peoples_folders_stay(files, model_folder, tmp_path):
+    for name in ("run.old", "run.part", "exported.old", "exported.part"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "mine").write_text("precious")
+    argv = flags_of(files, model_folder, tmp_path / "run")
+    train.main([*argv, "--resume"])
+    with pytest.raises(ValueError, match="run.part is in the way and is no run of ours"):
+        train.main([*argv, "--overwrite"])
+    (tmp_path / "run.part").rename(tmp_path / "saved")
+    train.main([*argv, "--overwrite"])
+    for _ in range(2):
+        export.main(["--model", str(tmp_path / "run"), "--output", str(tmp_path / "exported"), "--overwrite"])
+    for name in ("run.old", "saved", "exported.old", "exported.part"):
+        assert (tmp_path / name / "mine").read_text() == "precious"
+    assert len(list(tmp_path.iterdir())) == 6, "nothing of ours is left beside"
+
+
+def test_resume_knows_the_model_and_every_file(files, model_folder, tmp_path, monkeypatch):
+    first = flags_of(files, model_folder, tmp_path / "mntp", "mntp")
+    train.main(first)
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "a.txt").write_bytes((files / "text.txt").read_bytes())
+    argv = flags_of(files, tmp_path / "mntp", tmp_path / "run")
+    argv[argv.index("--data") + 1] = str(tmp_path / "data")
+    train_interrupted(monkeypatch, argv)
+    (tmp_path / "data" / "b.txt").write_text("one more")
+    with pytest.raises(ValueError, match="other arguments: files was"):
+        train.main([*argv, "--resume"])
+    (tmp_path / "data" / "b.txt").unlink()
+    train.main([*first, "--lr", "1e-2", "--overwrite"])
+    with pytest.raises(ValueError, match="other arguments: encoder was"):
+        train.main([*argv, "--resume"])
+
+
+def test_the_earlier_adapter_is_the_one_that_was_loaded(files, model_folder, tmp_path, monkeypatch):
+    train.main(flags_of(files, model_folder, tmp_path / "mntp", "mntp"))
+    expected = (tmp_path / "mntp" / "adapter_model.safetensors").read_bytes()
+    update = Loop.update
+
+    def replace(self, *arguments):
+        if (tmp_path / "mntp").exists():
+            (tmp_path / "mntp").rename(tmp_path / "gone")
+        update(self, *arguments)
+
+    monkeypatch.setattr(Loop, "update", replace)
+    train.main(flags_of(files, tmp_path / "mntp", tmp_path / "run"))
+    assert (tmp_path / "run" / "adapters" / "0" / "adapter_model.safetensors").read_bytes() == expected
+    assert np.isfinite(LLM2Vec.from_pretrained(tmp_path / "run").encode("a cat")).all()
+
+
+@pytest.mark.parametrize(
+    ("stage", "flag", "value"),
+    [
+        ("simcse", "--matryoshka", "16"), ("simcse", "--filter-negatives", "0.9"), ("mntp", "--ratio", "a=2"),
+    ],
+)  # fmt: skip
+def test_a_flag_that_the_stage_does_not_read(files, model_folder, tmp_path, stage, flag, value):
+    with pytest.raises(ValueError, match=f"{flag}: is for --stage .*, {stage} does not read it"):
+        train.main([*flags_of(files, model_folder, tmp_path / "run", stage), flag, value])
+
+
+@pytest.mark.parametrize("wrong", [["--dim", "9999"], ["--dim", "0"], ["--dim=-1"], ["--max-length", "2", "--instruction", "Retrieve texts"]])
+def test_a_refused_embedding_leaves_nothing(files, runs, tmp_path, wrong):
+    argv = ["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")]
+    with pytest.raises(ValueError, match="--dim is|leaves no room for the text"):
+        embed.main([*argv, *wrong])
+    assert not list(tmp_path.iterdir())
+
+
+def test_an_adapter_on_top_brings_its_direction_or_is_refused(runs, files, model_folder, tmp_path):
+    mntp, simcse = runs
+    with pytest.raises(ValueError, match="stands on 1 earlier adapters: make it the model, or name them first"):
+        LLM2Vec.from_pretrained(model_folder, adapters=[simcse])
+    train.main([*flags_of(files, model_folder, tmp_path / "causal"), "--causal"])
+    assert LLM2Vec.from_pretrained(model_folder, adapters=[tmp_path / "causal"]).causal is True

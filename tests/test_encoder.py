@@ -263,7 +263,9 @@ def test_fingerprint(run_folders, model_folder, tmp_path):
     add_lora(retrained.decoder, r=2)
     randomize(retrained.decoder, seed=3)
     merge_lora(retrained.decoder)
-    assert len({*same, *others, templated.fingerprint(), retrained.fingerprint()}) == len(others) + 3
+    turned = LLM2Vec.from_pretrained(second, device="cpu")
+    turned.decoder.config.rope_theta = 500.0
+    assert len({*same, *others, templated.fingerprint(), retrained.fingerprint(), turned.fingerprint()}) == len(others) + 4
 
 
 def test_tokenized_before(l2v):

@@ -275,6 +275,7 @@ def test_adapter_for_another_model(reference, tmp_path, change, message):
         ({"use_dora": True}, "use_dora is True"),
         ({"bias": "all"}, "bias is 'all'"),
         ({"r": "four"}, "r is 'four'"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights is 'pissa', which changes the base too"),
     ],
 )
 def test_unsupported_adapter(reference, tmp_path, change, message):

@@ -82,6 +82,8 @@ def main(argv: list[str]) -> None:
     except ImportError:
         raise ValueError('the mteb package is not installed: pip install "mteb>=2"') from None
     instructions = read_json(args.instructions) if args.instructions else None
+    if wrong := [name for name, text in (instructions or {}).items() if not isinstance(text, str)]:
+        raise ValueError(f"{args.instructions}: the instruction of {wrong[0]!r} is no text")
     try:
         tasks = mteb.get_tasks(tasks=args.tasks)
     except KeyError as error:

@@ -147,13 +147,19 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     return parser
 
 
-def check(args: argparse.Namespace) -> None:
+ONLY_SUPERVISED = ("in_batch_negatives", "ratio", "symmetric", "filter_negatives", "matryoshka")
+
+
+def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses settings that cannot work, before anything is loaded."""
     if args.stage not in STAGES:
         raise ValueError(f"--stage is {args.stage!r}, expected one of {', '.join(STAGES)}")
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(PRESETS)}")
-    for name in ("steps", "batch_size", "lora_r", "lr", "temperature", "max_grad_norm"):
+    for name in ONLY_SUPERVISED:  # whoever gives one expects it to do something
+        if args.stage != "supervised" and getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: is for --stage supervised, {args.stage} does not read it")
+    for name in ("steps", "batch_size", "lora_r", "lora_alpha", "lr", "temperature", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
     for name in ("warmup_steps", "micro_batch_size", "save_every", "eval_every", "weight_decay", "seed"):

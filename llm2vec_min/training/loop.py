@@ -96,7 +96,7 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file, expected a folder")
     if resume:
-        work = beside if beside.is_dir() else output
+        work = beside if (beside / ARGUMENTS).is_file() else output
         before = read_json(work / ARGUMENTS) if (work / ARGUMENTS).is_file() else {}
         if changed := [name for name in before if name in arguments and before[name] != arguments[name]]:
             found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
@@ -123,9 +123,11 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
     Raises:
         ValueError: it cannot be written.
     """
+    if work.name.endswith(".part") and work.is_dir():  # what an earlier try to replace a run has left
+        if not (work / ARGUMENTS).is_file() and any(path.suffix != ".part" for path in work.iterdir()):
+            raise ValueError(f"--output: {work} is in the way and is no run of ours; move it")
+        shutil.rmtree(work, ignore_errors=True)
     try:
-        if work.name.endswith(".part"):  # what an earlier try to replace a run has left
-            shutil.rmtree(work, ignore_errors=True)
         work.mkdir(parents=True, exist_ok=True)
         (work / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
         if arguments is not None:

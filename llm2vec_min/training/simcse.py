@@ -124,24 +124,26 @@ def train_simcse(
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
     order = batches(len(encoded), settings.batch_size, settings.seed, loop.start, lengths=lengths)
     set_attention_dropout(l2v.decoder, settings.attention_dropout)
-    if not loop.quiet:
-        words = explain(l2v, sentences)  # a sharded model runs in all processes or in none
-        if loop.is_main:
-            print(words)
+    try:
+        if not loop.quiet:
+            words = explain(l2v, sentences)  # a sharded model runs in all processes or in none
+            if loop.is_main:
+                print(words)
 
-    for _ in loop:
-        rows = next(order)  # (B,), the batch of all processes
-        parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
-        counted = torch.from_numpy(different(kind[rows])).to(l2v.device)
+        for _ in loop:
+            rows = next(order)  # (B,), the batch of all processes
+            parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
+            counted = torch.from_numpy(different(kind[rows])).to(l2v.device)
 
-        def embed(part: int) -> Tensor:
-            loop.seed_dropout(part)
-            return torch.stack(embed_twins(l2v, parts[part]), dim=1)  # (b, 2, C)
+            def embed(part: int) -> Tensor:
+                loop.seed_dropout(part)
+                return torch.stack(embed_twins(l2v, parts[part]), dim=1)  # (b, 2, C)
 
-        def loss_of(twins: Tensor) -> Tensor:
-            return info_nce(twins[:, 0], twins[:, 1], settings.temperature, counted)
+            def loss_of(twins: Tensor) -> Tensor:
+                return info_nce(twins[:, 0], twins[:, 1], settings.temperature, counted)
 
-        loss = backward(embed, len(parts), loss_of)
-        loop.update(loss, 2 * sum(lengths[i] for i in rows))
-    set_attention_dropout(l2v.decoder, 0.0)
+            loss = backward(embed, len(parts), loss_of)
+            loop.update(loss, 2 * sum(lengths[i] for i in rows))
+    finally:
+        set_attention_dropout(l2v.decoder, 0.0)
     return loop

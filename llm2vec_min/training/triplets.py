@@ -71,7 +71,7 @@ def read_file(path: Path) -> tuple[list[Triplet], int]:
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except json.JSONDecodeError as error:
+        except (json.JSONDecodeError, RecursionError) as error:
             raise ValueError(f"{where}: is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
@@ -110,7 +110,8 @@ def read_triplets(
         if path.parent.name == "echo-data":
             name = name.removesuffix("_split1").removesuffix("_split2")
         elif list(stems.values()).count(name) > 1:
-            name = f"{path.parent.name}/{name}"
+            same = {other for other in paths if (other.parent, stems[other]) == (path.parent, name)}
+            name = f"{path.parent.name}/{name if len(same) == 1 else path.name}"
         triplets, dropped = read_file(path)
         sets.setdefault(name, []).extend(triplets)
         equal += dropped

@@ -232,6 +232,7 @@ def test_output_folder(tmp_path):
     beside = plan_output(run, {"lr": 2}, overwrite=True)
     assert beside == tmp_path / "run.part"
     beside.mkdir()
+    (beside / "train_args.json").write_text("{}")
     (beside / "of an earlier try").touch()
     open_output(beside, {"lr": 2})
     assert [p.name for p in beside.iterdir()] == ["train_args.json"]
@@ -289,6 +290,12 @@ def test_lines_are_what_other_tools_count(tmp_path):
     assert resolve_data(tmp_path) == [tmp_path / "BOM.JSONL", tmp_path / "bom.txt", tmp_path / "returns.txt"]
 
 
+def test_utf_16_is_refused(tmp_path):
+    (tmp_path / "a.txt").write_text("A cat sat down.\n" * 200, encoding="utf-16")
+    with pytest.raises(ValueError, match="a.txt: is UTF-16, expected UTF-8"):
+        read_lines([tmp_path / "a.txt"])
+
+
 def test_parquet(tmp_path, monkeypatch):
     pyarrow = pytest.importorskip("pyarrow")
     import pyarrow.parquet as parquet
@@ -320,7 +327,7 @@ def test_parquet(tmp_path, monkeypatch):
         ("list.jsonl", b'["a"]\n', "list.jsonl:1: expected"),
         ("cut.jsonl", b'"a"\n{"text": "cut \\ud83d"}\n', "cut.jsonl:2: the text holds half of a surrogate pair at character 4"),
         ("bad.txt.gz", b"not gzip", "bad.txt.gz: not a readable text file"),
-        ("bad.txt", b"\xff\xfe\xff", "bad.txt: not a readable text file"),
+        ("bad.txt", b"\xfd\xfe\xff", "bad.txt: not a readable text file"),
     ],
 )
 def test_bad_data(tmp_path, name, content, message):

@@ -84,3 +84,12 @@ def test_equal_sentences_are_not_negatives(l2v, monkeypatch):
     settings = Settings(steps=1, batch_size=4, max_length=16)
     train_simcse(l2v, ["the cat sat", "a dog barks", "the cat sat", "it rains"], settings, quiet=True)
     assert seen[0].sum() == 16 - 2, "training asks for it"
+
+
+def test_dropout_ends_with_the_training_even_if_it_fails(l2v):
+    def fail():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        train_simcse(l2v, ["the cat sat", "a dog barks", "it rains"], Settings(steps=1, batch_size=2), quiet=True, evaluate=fail)
+    assert {m.dropout for m in l2v.decoder.modules() if type(m).__name__ == "Attention"} == {0.0}

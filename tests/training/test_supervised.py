@@ -281,6 +281,12 @@ def test_files(tmp_path):
     (tmp_path / "more").mkdir()
     same = write(tmp_path / "more" / "a.jsonl", {"query": "q", "positive": "p"})
     assert [s.name for s in read_triplets([plain, same])[0]] == [f"{tmp_path.name}/a", "more/a"]
+    pair = [write(tmp_path / "more" / f"nli.{language}.jsonl", {"query": "q", "positive": "p"}) for language in ("en", "de")]
+    assert [s.name for s in read_triplets(pair)[0]] == ["more/nli.en.jsonl", "more/nli.de.jsonl"], "each file is a data set"
+    deep = tmp_path / "deep.jsonl"
+    deep.write_text('{"query":' + "[" * 100_000)
+    with pytest.raises(ValueError, match="deep.jsonl:1: is not JSON"):
+        read_triplets([deep])
 
 
 def test_the_authors_folder(tmp_path):
