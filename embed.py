@@ -32,7 +32,7 @@ NOT_IN_THE_VECTORS = ("device", "texts", "output")  # arguments that a continued
 def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to compare with each other")
-    add_model_flags(parser, default="tiny")
+    add_model_flags(parser, default="tiny-llm2vec")
     parser.add_argument("--input", metavar="FILE", help='.txt (a text a line) or .jsonl (field "text"), also .gz, .xz')
     parser.add_argument("--output", metavar="X.npy", help="where to write the (N, C) float32 array; row i is line i")
     parser.add_argument("--instruction", help='put before each text and not pooled, such as "Retrieve similar texts:"')
@@ -175,6 +175,8 @@ def main(argv: list[str]) -> None:
     if args.input and Path(args.input).exists() and not Path(args.input).is_file():
         raise ValueError(f"--input {args.input}: a pipe, a device or a folder; it is read twice, so it must be a file")
     device = start_process(args.device)
+    if rank() == 0 and args.model == "tiny-llm2vec":
+        print("the small encoder that ships, tiny-llm2vec; --model RUN takes yours\n")
     count = sum(1 for _ in iter_lines(args.input, keep_empty=True, report=True)) if args.input else 0
     if args.input and count == 0:
         raise ValueError(f"{args.input}: no text in it")

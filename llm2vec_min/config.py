@@ -151,7 +151,7 @@ class Preset:
     simcse: dict = field(default_factory=dict)
     supervised: dict = field(default_factory=dict)
     template: tuple[str, str] = ("", "")  # around instruction and text, in encoding and stage 3; MNTP and SimCSE use none
-    adapters: tuple[str, ...] = ()  # hub ids to merge on top of `model`, in order
+    adapters: tuple[str, ...] = ()  # hub ids or folders to merge on top of `model`, in order
 
 
 # LLM2Vec sections 2.2 and D.1; the same for every model except where a preset says otherwise.
@@ -195,6 +195,15 @@ PRESETS = {
     "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", *SMALL),
     "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B", *BIG),
 }
+
+# What `train.py` makes of `tiny` at its defaults, seed 0: an adapter of each stage, and of the two shortcuts.
+_ADAPTERS = Path(__file__).parent / "assets" / "tiny" / "adapters"
+for _name, _stages in {
+    "mntp": ("mntp",), "llm2vec": ("mntp", "simcse"), "supervised": ("mntp", "simcse", "supervised"),
+    "causal-simcse": ("causal-simcse",), "bidirectional-simcse": ("bidirectional-simcse",),
+}.items():  # fmt: skip
+    _folders = tuple(str(_ADAPTERS / stage) for stage in _stages)
+    PRESETS[f"tiny-{_name}"] = replace(PRESETS["tiny"], model="tiny", adapters=_folders)
 
 # What the authors published: an MNTP adapter over each base, and two that go on top of it.
 for _short, _repo, _base in (

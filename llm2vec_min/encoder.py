@@ -174,7 +174,9 @@ class LLM2Vec(nn.Module):
             chain.append(resolve(adapter))
             own = read_settings(chain[-1])
             if len(own.get("adapters", ())) > len(chain):
-                raise ValueError(f"{adapter}: stands on {len(own['adapters']) - 1} earlier adapters: make it the model, or name them first")
+                raise ValueError(
+                    f"{adapter}: stands on {len(own['adapters']) - 1} earlier adapters: make it the model, or name them first"
+                )
             settings |= {k: v for k, v in own.items() if k in ("pooling_mode", "max_length", "causal", "template")}
         try:
             base_folder = resolve(base)

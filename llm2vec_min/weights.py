@@ -293,7 +293,9 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
         if config.get(option):
             raise ValueError(f"{where}: {option} is {short(config[option])}, which is not supported")
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
-        raise ValueError(f"{where}: init_lora_weights is {short(config['init_lora_weights'])}, which changes the base too; not supported")
+        raise ValueError(
+            f"{where}: init_lora_weights is {short(config['init_lora_weights'])}, which changes the base too; not supported"
+        )
     if config.get("bias", "none") != "none":
         raise ValueError(f"{where}: bias is {short(config['bias'])}, only 'none' is supported")
     r, alpha, dropout = config.get("r"), config.get("lora_alpha"), config.get("lora_dropout", 0.0)

@@ -16,6 +16,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.data import iter_lines, pack_blocks, read_pairs
 from llm2vec_min.evaluation import sts_score
+from llm2vec_min.training.flags import build_parser, default_data
 from llm2vec_min.training.pretrain import next_token_loss
 from llm2vec_min.training.triplets import read_triplets
 from llm2vec_min.weights import load_language_model
@@ -54,6 +55,49 @@ def test_vectors_do_not_drift():
         [1.4802132, 2.2012420, -0.5193111, -0.6456593],
     ]
     np.testing.assert_allclose(vectors[:, [0, 1, 50, -1]], expected, atol=1e-5)
+
+
+RUNGS = {"tiny-mntp": "+ MNTP", "tiny-llm2vec": "+ SimCSE", "tiny-supervised": "+ supervised",
+         "tiny-causal-simcse": "causal + SimCSE", "tiny-bidirectional-simcse": "bidirectional + SimCSE"}  # fmt: skip
+RESULTS = json.loads((Path(__file__).parent / "benchmarks" / "results" / "tiny.json").read_text())["scores"]
+
+
+def test_shipped_adapters_are_the_ladders():
+    """Each scores what the ladder's seed 0 did; together they stay small."""
+    for preset, rung in RUNGS.items():
+        l2v = LLM2Vec.from_pretrained(preset, device="cpu")
+        assert l2v.causal == ("causal" in preset.split("-")) and l2v.base_model == "tiny"
+        assert sts_score(l2v, TEXT / "similarity.tsv") == pytest.approx(RESULTS[rung]["0"]["shipped"], abs=0.1), preset
+    assert sum(p.stat().st_size for p in (TINY / "adapters").rglob("*") if p.is_file()) < 3e6
+
+
+def test_adapters_do_not_drift():
+    """As above, of the two encoders that people will use."""
+    texts = ["A cat sat on the mat.", "Über den Wolken 🙂"]
+    expected = {
+        "tiny-llm2vec": [[0.388726, 0.120174, -0.616190, 1.314039], [-1.037158, -1.046022, -0.825911, 1.085843]],
+        "tiny-supervised": [[-0.019178, -0.068326, -0.777444, 1.802345], [-1.048010, -1.150433, -0.967310, 2.011692]],
+    }
+    for preset, rows in expected.items():
+        vectors = LLM2Vec.from_pretrained(preset, device="cpu").encode(texts)
+        np.testing.assert_allclose(vectors[:, [0, 1, 50, -1]], rows, atol=1e-5)
+
+
+def test_a_stage_on_top_of_a_shipped_adapter_has_the_recipe_and_data():
+    parser = build_parser(["--stage", "supervised", "--model", "tiny-llm2vec"], "")
+    assert parser.get_default("steps") == PRESETS["tiny"].supervised["steps"]
+    assert default_data("supervised", PRESETS["tiny-llm2vec"]) == [str(TEXT / "triplets.jsonl.gz")]
+
+
+@pytest.mark.slow
+def test_the_same_again(tmp_path):
+    """SimCSE on the shipped MNTP adapter, with another seed: within the spread of the measured ones."""
+    train.main(
+        ["--stage", "simcse", "--model", "tiny-mntp", "--output", str(tmp_path / "run"), "--seed", "7", "--device", "cpu"]
+    )
+    measured = [row["shipped"] for row in RESULTS["+ SimCSE"].values()]
+    score = sts_score(LLM2Vec.from_pretrained(tmp_path / "run", device="cpu"), TEXT / "similarity.tsv")
+    assert abs(score - np.mean(measured)) < 4 * np.std(measured, ddof=1) + 0.5
 
 
 def test_importing_reads_no_asset():

@@ -20,10 +20,15 @@ STAGES = ("pretrain", "mntp", "simcse", "supervised")
 ASSETS = Path(__file__).parent.parent / "assets"
 
 
+def is_tiny(preset: Preset | None) -> bool:
+    """Whether it is the model that ships, or what was trained from it."""
+    return preset is not None and preset.model in ("tiny", PRESETS["tiny"].model)
+
+
 def default_data(stage: str, preset: Preset | None) -> list[str]:
     """The text a stage trains on where --data names none: the shipped one for `tiny`, else the paper's; none for pretraining,
     and no triplets, since the paper's are on no hub."""
-    if preset is PRESETS["tiny"] and stage != "pretrain":
+    if is_tiny(preset) and stage != "pretrain":
         return [str(ASSETS / "text" / ("triplets.jsonl.gz" if stage == "supervised" else "train.txt"))]
     if stage in ("pretrain", "supervised"):
         return []
@@ -43,7 +48,6 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     recipe = {field.name: field.default for field in fields(Settings)} | PAPER.get(known.stage, {})
     if preset is not None:
         recipe |= getattr(preset, known.stage, {})
-    is_tiny = preset is PRESETS["tiny"] and known.stage != "pretrain"
     data = default_data(known.stage, preset)
 
     parser = argparse.ArgumentParser(
@@ -76,7 +80,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
         f"{f' [{data[0]}]' if data else ''}", nargs="+", action="extend", metavar="FILE")  # fmt: skip
     add(group, "--output", "folder for the result", default=f"runs/{known.stage}")
     add(group, "--eval", "pairs file (score<tab>sentence<tab>sentence): prints Spearman before, during, after",
-        metavar="PAIRS.tsv", default=str(ASSETS / "text" / "similarity.tsv") if is_tiny else None)  # fmt: skip
+        metavar="PAIRS.tsv", default=str(ASSETS / "text" / "similarity.tsv") if is_tiny(preset) and known.stage != "pretrain" else None)  # fmt: skip
     add(group, "--overwrite", "replace the run in --output", action="store_true", default=False)
     add(group, "--resume", "continue the killed run in --output from its last checkpoint", action="store_true", default=False)
 
