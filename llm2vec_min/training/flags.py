@@ -79,8 +79,9 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
         "folder echo-data"
         f"{f' [{data[0]}]' if data else ''}", nargs="+", action="extend", metavar="FILE")  # fmt: skip
     add(group, "--output", "folder for the result", default=f"runs/{known.stage}")
+    ships = is_tiny(preset) and known.stage != "pretrain"
     add(group, "--eval", "pairs file (score<tab>sentence<tab>sentence): prints Spearman before, during, after",
-        metavar="PAIRS.tsv", default=str(ASSETS / "text" / "similarity.tsv") if is_tiny(preset) and known.stage != "pretrain" else None)  # fmt: skip
+        metavar="PAIRS.tsv", default=str(ASSETS / "text" / "similarity.tsv") if ships else None)  # fmt: skip
     add(group, "--overwrite", "replace the run in --output", action="store_true", default=False)
     add(group, "--resume", "continue the killed run in --output from its last checkpoint", action="store_true", default=False)
 
