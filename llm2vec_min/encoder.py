@@ -304,10 +304,11 @@ class LLM2Vec(nn.Module):
         said = {**self.settings(), "config": self.decoder.config.to_dict()}
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         digest.update(self.tokenizer.backend.to_str().encode())
+        samples = []
         for name, weight in self.decoder.state_dict().items():
-            sample = weight.flatten()[:: max(1, weight.numel() // 256)][:256]
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            digest.update(sample.double().cpu().numpy().tobytes())
+            samples.append(weight.flatten()[:: max(1, weight.numel() // 256)][:256].float())
+        digest.update(torch.cat(samples).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
     @contextmanager

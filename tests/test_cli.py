@@ -484,7 +484,9 @@ def test_a_flag_that_the_stage_does_not_read(files, model_folder, tmp_path, stag
         train.main([*flags_of(files, model_folder, tmp_path / "run", stage), flag, value])
 
 
-@pytest.mark.parametrize("wrong", [["--dim", "9999"], ["--dim", "0"], ["--dim=-1"], ["--max-length", "2", "--instruction", "Retrieve texts"]])
+@pytest.mark.parametrize(
+    "wrong", [["--dim", "9999"], ["--dim", "0"], ["--dim=-1"], ["--max-length", "2", "--instruction", "Retrieve texts"]]
+)
 def test_a_refused_embedding_leaves_nothing(files, runs, tmp_path, wrong):
     argv = ["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")]
     with pytest.raises(ValueError, match="--dim is|leaves no room for the text"):

@@ -38,7 +38,10 @@ def paths(value, path=()):
 
 def damage_json(rng: random.Random, value):
     """One place of a JSON value replaced, removed, doubled or renamed."""
-    *way, last = rng.choice([path for path in itertools.islice(paths(value), 20_000) if path])
+    places = [path for path in itertools.islice(paths(value), 20_000) if path]
+    if not places:
+        return rng.choice(ODD)
+    *way, last = rng.choice(places)
     parent = value
     for key in way:
         parent = parent[key]

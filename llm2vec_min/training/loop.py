@@ -141,7 +141,8 @@ def finish_output(work: Path, output: str | Path) -> None:
     output = Path(output)
     if work != output:
         replace_folder(work, output)
-    for path in (*output.glob("*.part"), output / BEFORE, output / CHECKPOINT):  # last the one that `is_finished` looks for
+    # what a kill has left (safetensors writes into .tmp files), and last the checkpoint, which `is_finished` looks for
+    for path in (*output.glob("*.part"), *output.glob(".tmp*"), output / BEFORE, output / CHECKPOINT):
         path.unlink(missing_ok=True)
 
 

@@ -49,7 +49,10 @@ def train_tokenizer(lines: list[str], vocab_size: int, folder: Path) -> None:
     tokenizer.post_processor = processors.TemplateProcessing(
         single=f"{BOS} $A", pair=f"{BOS} $A {BOS}:1 $B:1", special_tokens=[(BOS, tokenizer.token_to_id(BOS))]
     )
-    tokenizer.save(str(folder / "tokenizer.json"))
+    try:
+        tokenizer.save(str(folder / "tokenizer.json"))
+    except Exception as error:  # tokenizers raises plain Exception
+        raise ValueError(f"{folder}: the tokenizer could not be written ({error})") from None
     write_json(
         folder / "tokenizer_config.json",
         {

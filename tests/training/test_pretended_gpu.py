@@ -13,8 +13,16 @@ from conftest import TEXTS, make_reference, write_tokenizer
 ROOT = Path(__file__).parent.parent.parent
 TRAIN = ["--eval", "", "--steps", "2", "--batch-size", "4", "--max-length", "16"]
 WHOLE = ["--gradient-checkpointing", "--micro-batch-size", "2"]  # GradCache in SimCSE
-# Not while a step is computed: the report of an evaluation, the result, the two numbers of a step's report.
-MAY_WAIT = {"held_out_score", "save_adapter", "Loop._save_checkpoint", "Loop.update", "LLM2Vec.encode", "explain"}
+# Not while a step is computed: what the model is, the report of an evaluation, the result, the two numbers of a step's report.
+MAY_WAIT = {
+    "LLM2Vec.fingerprint",
+    "held_out_score",
+    "save_adapter",
+    "Loop._save_checkpoint",
+    "Loop.update",
+    "LLM2Vec.encode",
+    "explain",
+}
 
 
 @pytest.fixture(scope="module")
@@ -41,7 +49,10 @@ def test_no_forward_pass_waits(flags, tmp_path, stage, extra):
     model, text = flags
     if stage == "supervised":
         lines = [line for line in Path(text).read_text().splitlines() if line.strip()]
-        triplets = [{"query": a, "positive": b, "negative": [a[3:] + "?"] * (len(a) % 2)} for a, b in zip(lines, lines[1:], strict=False)]
+        triplets = [
+            {"query": a, "positive": b, "negative": [a[3:] + "?"] * (len(a) % 2)}
+            for a, b in zip(lines, lines[1:], strict=False)
+        ]
         (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, triplets)))
         text, extra = str(tmp_path / "text.jsonl"), [*extra, "--matryoshka", "8"]
     done = run("train.py", "--stage", stage, *model, "--data", text, *TRAIN, *extra, "--output", str(tmp_path / "run"))

@@ -67,10 +67,29 @@ def test_the_others(model_folder, tmp_path, monkeypatch):
     assert [r["step"] for r in loop.history if "loss" in r] == [1, 2, 3]
     assert passes == [0, 1] * 3
     assert [r["step"] for r in loop.history if "calls" in r] == [0, 2, 3]
+    passes.clear()
+    train(model_folder, "simcse", settings=dict(steps=1, micro_batch_size=2))
+    assert passes == [0, 1, 0, 1], "GradCache meets the same noise in both passes"
     saved = []
     monkeypatch.setattr(Loop, "_save_checkpoint", lambda self, step: saved.append(step))
     train(model_folder, "mntp", tmp_path, settings=dict(save_every=5))
     assert saved == [5]
+
+
+def test_each_step_draws_its_own():
+    drawn = [
+        float(torch.rand(1, generator=loop.generator))
+        for loop in [Loop(torch.nn.Linear(2, 2), Settings(steps=3), quiet=True)]
+        for _ in loop
+    ]
+    assert len(set(drawn)) == 3
+
+
+@pytest.mark.parametrize(("batch_size", "micro_batch_size"), [(6, 0), (6, 4), (16, 3)])
+def test_micro_batches_cover_the_batch(batch_size, micro_batch_size):
+    loop = Loop(torch.nn.Linear(2, 2), Settings(batch_size=batch_size, micro_batch_size=micro_batch_size), quiet=True)
+    rows = [row for part in loop.micro_batches() for row in range(batch_size)[part]]
+    assert rows == list(range(batch_size))
 
 
 def test_each_step_and_part_and_process_has_its_own_noise(monkeypatch):

@@ -91,5 +91,7 @@ def test_dropout_ends_with_the_training_even_if_it_fails(l2v):
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        train_simcse(l2v, ["the cat sat", "a dog barks", "it rains"], Settings(steps=1, batch_size=2), quiet=True, evaluate=fail)
+        train_simcse(
+            l2v, ["the cat sat", "a dog barks", "it rains"], Settings(steps=1, batch_size=2), quiet=True, evaluate=fail
+        )
     assert {m.dropout for m in l2v.decoder.modules() if type(m).__name__ == "Attention"} == {0.0}

@@ -179,20 +179,22 @@ def test_gradcache_takes_the_same_steps(model_folder, size):
         torch.testing.assert_close(weights[1][1][name], expected, atol=1e-5, rtol=1e-4)
 
 
-def test_filter_drops_what_is_as_near_as_the_positive(l2v):
+def test_filter_drops_what_is_nearer_than_its_share_of_the_positive(l2v):
     triplets = some_triplets(9)
     triplets[0] = Triplet("a cat sat", "a cat sat down", ("a cat sat", "1984", "a cat sat down here"))
-    kept = filter_negatives(l2v, triplets, 0.95)
-    count = 0
-    for before, after in zip(triplets, kept, strict=True):
-        query = l2v.encode(before.query, before.instruction, normalize=True)
-        positive, *negatives = l2v.encode(
-            [before.positive, *before.negatives], before.instruction if before.symmetric else None, normalize=True
-        )
-        expected = [t for t, v in zip(before.negatives, negatives, strict=True) if query @ v <= 0.95 * (query @ positive)]
-        assert list(after.negatives) == expected and after[:2] == before[:2]
-        count += len(before.negatives) - len(expected)
-    assert 0 < count < sum(len(t.negatives) for t in triplets) and "a cat sat" not in kept[0].negatives
+    left = []
+    for share in (0.5, 0.95):
+        kept = filter_negatives(l2v, triplets, share)
+        for before, after in zip(triplets, kept, strict=True):
+            query = l2v.encode(before.query, before.instruction, normalize=True)
+            instruction = before.instruction if before.symmetric else None
+            positive, *negatives = l2v.encode([before.positive, *before.negatives], instruction, normalize=True)
+            near = share * (query @ positive)
+            expected = [t for t, v in zip(before.negatives, negatives, strict=True) if query @ v <= near]
+            assert list(after.negatives) == expected and after[:2] == before[:2]
+        left.append(sum(len(t.negatives) for t in kept))
+        assert "a cat sat" not in kept[0].negatives
+    assert left == sorted(set(left)) and left[-1] < sum(len(t.negatives) for t in triplets), "each share keeps another number"
 
 
 def test_filter_in_training_is_said_and_used(l2v, capsys):
@@ -206,11 +208,11 @@ def test_filter_in_training_is_said_and_used(l2v, capsys):
 
 def test_options_reach_the_loss(model_folder):
     first = set()
-    for options in ({}, dict(in_batch_negatives=False), dict(matryoshka=(8, 16)), dict(temperature=0.05)):
+    for options in ({}, dict(in_batch_negatives=False), dict(matryoshka=(8, 16)), dict(temperature=0.05), dict(max_length=9)):
         l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
         add_lora(l2v.decoder, r=4)
         first.add(losses(run(l2v, steps=1, **options))[0])
-    assert len(first) == 4
+    assert len(first) == 5
 
 
 def test_explanation(l2v):
