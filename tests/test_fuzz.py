@@ -3,6 +3,7 @@
 `pytest -m fuzz`, about two minutes. Seeds count from 0 and stand in the failure; FUZZ_SECONDS=3600 looks longer.
 """
 
+import copy
 import gzip
 import itertools
 import json
@@ -40,7 +41,7 @@ def damage_json(rng: random.Random, value):
     """One place of a JSON value replaced, removed, doubled or renamed."""
     places = [path for path in itertools.islice(paths(value), 20_000) if path]
     if not places:
-        return rng.choice(ODD)
+        return copy.deepcopy(rng.choice(ODD))
     *way, last = rng.choice(places)
     parent = value
     for key in way:
@@ -53,7 +54,7 @@ def damage_json(rng: random.Random, value):
     elif kind == 2 and isinstance(parent, list):
         parent.insert(rng.randrange(len(parent) + 1), parent[last])
     else:
-        parent[last] = rng.choice(ODD)
+        parent[last] = copy.deepcopy(rng.choice(ODD))
     return value
 
 

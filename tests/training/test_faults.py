@@ -214,10 +214,10 @@ class Lab:
             output = self.fresh()
 
             def send(output, number=number):
-                def update(loop, *args):
+                def update(loop, *args, **named):
                     if loop.step == 2:
                         os.kill(os.getpid(), number)
-                    original(loop, *args)
+                    original(loop, *args, **named)
 
                 original, Loop.update = Loop.update, update
 
@@ -228,7 +228,7 @@ class Lab:
             self.check(output, "signal", "--save-every", "0")
 
             def send_twice(output, number=number):
-                def update(loop, *args):
+                def update(loop, *args, **named):
                     os.kill(os.getpid(), number), os.kill(os.getpid(), number)
 
                 Loop.update = update
