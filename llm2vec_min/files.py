@@ -39,7 +39,7 @@ def read_json(path: str | Path) -> dict:
     """A JSON object from a file.
 
     Raises:
-        ValueError: it holds anything else, more than 8 MB, a key twice in one object, or NaN; names the file.
+        ValueError: it holds anything else, more than 8 MB, a key twice in one object, NaN, or half a character; names the file.
     """
 
     def once(pairs: list[tuple]) -> dict:
@@ -59,6 +59,7 @@ def read_json(path: str | Path) -> dict:
         if len(data) > MAX_JSON:
             raise ValueError(f"larger than {MAX_JSON >> 20} MB")
         value = json.loads(data.decode("utf-8"), object_pairs_hook=once, parse_constant=no_number)
+        json.dumps(value, ensure_ascii=False).encode()  # "\ud800", half of a character, is JSON but no text
     except (OSError, ValueError, RecursionError) as error:
         raise ValueError(f"{path}: not a readable JSON file ({error})") from None
     if not isinstance(value, dict):

@@ -21,6 +21,7 @@ ROOT = Path(__file__).parent.parent.parent
 FLAGS = {
     "mntp": ["--stage", "mntp", "--eval", "", "--max-length", "16"],
     "simcse": ["--stage", "simcse", "--eval", ""],
+    "supervised": ["--stage", "supervised", "--eval", "", "--micro-batch-size", "5"],
     "pretrain": [
         "--stage", "pretrain", "--vocab-size", "300", "--hidden-size", "16", "--intermediate-size", "24", "--num-hidden-layers", "1",
         "--max-length", "16",
@@ -39,6 +40,11 @@ class Lab:
         self.text.write_text(
             "".join(" ".join(rng.choices(words, k=9)) + f" {i}\n" for i in range(2200 if stage == "pretrain" else 100))
         )
+        if stage == "supervised":
+            lines = self.text.read_text().splitlines()
+            self.text = self.text.with_suffix(".jsonl")
+            rows = [{"query": line, "positive": line[:20], "negative": line[9:]} for line in lines]
+            self.text.write_text("".join(json.dumps(row) + "\n" for row in rows))
         self.flags = [
             *FLAGS[stage], *(["--model", str(self.model)] if stage != "pretrain" else []), "--data", str(self.text),
             "--steps", "6", "--batch-size", "4", "--device", "cpu", "--lr", "1e-3", "--save-every", "1", "--eval-every", "2",
