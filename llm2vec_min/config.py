@@ -182,7 +182,7 @@ PRESETS = {
         "HuggingFaceTB/SmolLM2-135M-Instruct",
         mntp=dict(steps=350, batch_size=8, max_length=128, lr=1e-3, warmup_steps=20),
         simcse=dict(steps=200, batch_size=32, max_length=32, lr=3e-4, warmup_steps=10),
-        supervised=dict(steps=200, batch_size=32, max_length=64, lr=1e-4, warmup_steps=20, micro_batch_size=32),
+        supervised=dict(steps=200, batch_size=32, max_length=64, lr=2e-4, warmup_steps=20, micro_batch_size=32),
     ),
     "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B", *SMALL),
     "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", *BIG, CHAT),
