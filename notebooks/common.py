@@ -5,13 +5,13 @@ import json
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
-sys.path.insert(0, str(ROOT))
-
 import matplotlib.pyplot as plt
 import torch
 from IPython.display import Markdown
 from matplotlib_inline.backend_inline import set_matplotlib_formats
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT))
 
 TEXT = ROOT / "llm2vec_min" / "assets" / "text"
 RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE", "bidirectional + SimCSE", "+ supervised")
