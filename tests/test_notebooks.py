@@ -28,6 +28,31 @@ def test_committed_form(path):
     assert len(re.findall("<details>", prose)) == 3 and "**Exercise.**" in prose
 
 
+def words_and_results(notebook) -> tuple[str, str]:
+    """The prose, and all code and text output, of a notebook."""
+    code = [cell for cell in notebook.cells if cell.cell_type == "code"]
+    outputs = [output for cell in code for output in cell.outputs]
+    shown = [o.get("text") or o.get("data", {}).get("text/plain", "") for o in outputs]
+    prose = "\n".join(cell.source for cell in notebook.cells if cell.cell_type == "markdown")
+    return prose, "\n".join([cell.source for cell in code] + shown)
+
+
+@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "from common import" in p.read_text()], ids=lambda path: path.stem)
+def test_every_number_in_the_prose_was_measured(path):
+    """Decimals, percentages and whole numbers from 10 stand in the code or its output; years, arXiv ids, sizes of models and
+    numbers of notebooks apart."""
+    prose, shown = words_and_results(nbformat.read(path, as_version=4))
+    prose = re.sub(r"\]\([^)]*\)", "]", prose)
+    prose = re.sub(r"\d{4}\.\d{4,5}|\b(19|20)\d\d\b|\b\d+(\.\d+)?[BMK]\b|SmolLM2-135M|\b0\d\b", "", prose)
+    shown = shown.replace(",", "").replace("_", "")
+    for match in re.finditer(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?: ?%)?", prose):
+        number = match.group().replace(",", "").rstrip("% ")
+        if "." in number or "%" in match.group() or int(number) >= 10:
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", shown), prose[
+                max(0, match.start() - 60) : match.end() + 40
+            ]
+
+
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path):
     notebook = nbformat.read(path, as_version=4)
