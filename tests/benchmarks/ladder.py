@@ -100,7 +100,7 @@ def table(results: dict) -> list[str]:
     for rung, seeds in results["scores"].items():
         columns = [[row[name] for row in seeds.values()] for name in judged]
         columns += [[statistics.mean(values) for values in zip(*columns, strict=True)]] * bool(judged)
-        columns += [[row["shipped"] for row in seeds.values()]] * ("shipped" in sets)
+        columns += [[row["shipped"] for row in seeds.values()]] if "shipped" in sets else []
         cells = [f"{statistics.mean(v):.1f}" + (f" ± {statistics.stdev(v):.1f}" if len(v) > 1 else "") for v in columns]
         if seeds:
             lines.append(f"| {NAMES.get(rung, rung)} | " + " | ".join(cells) + " |")
