@@ -154,7 +154,7 @@ def test_gradcache_costs_a_forward_pass():
 
 
 def test_the_fastest_way_that_fits():
-    """7B on 80 GB: several passes cost nothing, checkpointing a third more; on 16 GB it needs both, on 2 nothing helps."""
+    """7B on 80 GB: several passes cost nothing, checkpointing half more; on 16 GB it needs both, on 2 nothing helps."""
     config, small = make_config(*SHAPES["llama-2-7b"]), make_config(*SHAPES["1.3b"])
     settings = Settings()
     on_80, on_16, on_2 = (fit(config, settings, "mntp", free) for free in (80e9, 17e9, 2e9))
