@@ -14,8 +14,11 @@ ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT))
 
 TEXT = ROOT / "llm2vec_min" / "assets" / "text"
-RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE", "bidirectional + SimCSE", "+ supervised")
-COLORS = dict(zip(RUNGS, ("#8a94a6", "#63b3ed", "#3182ce", "#1a4480", "#dd6b20", "#d69e2e", "#2f855a"), strict=True))
+COLORS = {
+    "causal": "#8a94a6", "bidirectional": "#63b3ed", "+ MNTP": "#3182ce", "+ SimCSE": "#1a4480", "causal + SimCSE": "#dd6b20",
+    "bidirectional + SimCSE": "#d69e2e", "+ supervised": "#2f855a",
+}  # fmt: skip
+RUNGS = tuple(COLORS)
 
 
 def setup(seed: int = 0, figures: str = "svg") -> None:

@@ -3,8 +3,10 @@
 import json
 import math
 import os
+import re
 import subprocess
 import sys
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
@@ -37,6 +39,21 @@ def test_assets_are_small_and_complete():
     scores, _, _ = read_pairs(TEXT / "similarity.tsv")
     assert len(scores) >= 1000 and set(scores) == {0, 1, 2, 3, 4, 5}
     assert 1e6 < (TEXT / "train.txt").stat().st_size < 2e6
+
+
+def test_search_that_ships():
+    """The other half of the claim, that no training has seen it, holds for MNTP and SimCSE; pretraining's text does not ship."""
+    rows = {name: [json.loads(line) for line in open(TEXT / "search" / f"{name}.jsonl")] for name in ("corpus", "queries")}
+    documents = {row["_id"]: row["text"] for row in rows["corpus"]}
+    queries = {row["_id"]: row["text"] for row in rows["queries"]}
+    assert len(documents) == 720 and len(queries) == 240 and len({row["topic"] for row in rows["corpus"]}) == 12
+    assert Counter(name.rpartition("-")[0] for name in documents).most_common()[-1][1] == 6
+    assert not set(documents.values()) & set(iter_lines(TEXT / "train.txt"))
+    words = lambda text: {word for word in re.findall(r"[a-z]+", text.lower()) if len(word) > 6}
+    for line in list(iter_lines(TEXT / "search" / "qrels.tsv"))[1:]:
+        query, document, relevance = line.split("\t")
+        assert relevance == "1" and (query.endswith("-1") or not words(queries.pop(query)) & words(documents[document])), query
+    assert all(name.endswith("-1") for name in queries)
 
 
 def test_triplets_that_ship():
@@ -178,17 +195,14 @@ def test_the_ladder(tmp_path):
     """Every step that the README claims, trained again with the shipped defaults and scored on the shipped pairs and, where
     LLM2VEC_MIN_STS names a folder of judged ones, on these (about six minutes). Dropping the mask untrained, which costs
     large models half their score, does no harm to this one; tests/benchmarks/README.md says why."""
-    sets = {"shipped": TEXT / "similarity.tsv"}
-    if "LLM2VEC_MIN_STS" in os.environ:
-        judged = sorted(Path(os.environ["LLM2VEC_MIN_STS"]).glob("*.tsv"))
-        sets |= {path.stem: path for path in judged if not path.stem.endswith("_train")}
+    judged = sorted(Path(os.environ["LLM2VEC_MIN_STS"]).glob("*.tsv")) if "LLM2VEC_MIN_STS" in os.environ else []
+    judged = [path for path in judged if not path.stem.endswith("_train")]
     scores = {}
 
     def score(rung, model, **options):
         l2v = LLM2Vec.from_pretrained(model, device="cpu", **options)
-        values = {name: sts_score(l2v, path) for name, path in sets.items()}
-        scores[rung] = np.array([values["shipped"], *([np.mean([*values.values()][1:])] * (len(sets) > 1))])
-        print(rung, values)
+        means = [np.mean([sts_score(l2v, path) for path in paths]) for paths in ([TEXT / "similarity.tsv"], judged) if paths]
+        scores[rung] = np.array(means)
 
     def stage(rung, name, *flags):
         train.main([*flags, "--output", str(tmp_path / name), "--device", "cpu"])
@@ -209,4 +223,4 @@ def test_the_ladder(tmp_path):
         assert (scores[higher] > scores[lower] + margin).all(), f"{higher} {scores[higher]}, {lower} {scores[lower]}"
     for rung, values in scores.items():
         measured = np.array([row["shipped"] for row in RESULTS[rung].values()])
-        assert abs(values[0] - measured.mean()) < 4 * measured.std(ddof=1 if len(measured) > 1 else 0) + 0.5, rung
+        assert abs(values[0] - measured.mean()) < 5 * measured.std() + 0.5, rung

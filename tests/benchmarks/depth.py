@@ -1,6 +1,6 @@
 """How the loss of the mask adds up with depth: Spearman x 100 of each layer's states, causal and bidirectional, untrained.
 
-python tests/benchmarks/depth.py --model tiny
+python tests/benchmarks/depth.py --models tiny $(python tests/build_smollm2.py)     # writes results/depth.json
 """
 
 import argparse
@@ -17,8 +17,10 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.data import read_pairs
 from llm2vec_min.encoder import sorted_batches
 from llm2vec_min.evaluation import spearman
+from llm2vec_min.files import write_json
 from llm2vec_min.pooling import pool
 
+RESULTS = Path(__file__).parent / "results" / "depth.json"
 PAIRS = ROOT / "llm2vec_min" / "assets" / "text" / "similarity.tsv"
 
 
@@ -46,11 +48,16 @@ def layer_scores(model: str, causal: bool) -> list[float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tiny")
+    parser.add_argument("--models", nargs="+", default=["tiny"])
     args = parser.parse_args()
-    print(f"{'layer':>5} {'causal':>8} {'both ways':>10}")
-    for layer, scores in enumerate(zip(layer_scores(args.model, True), layer_scores(args.model, False), strict=True)):
-        print(f"{layer:>5} {scores[0]:>8.1f} {scores[1]:>10.1f}")
+    measured = {}
+    for model in args.models:
+        scores = {"causal": layer_scores(model, True), "bidirectional": layer_scores(model, False)}
+        print(f"{model}\n{'layer':>5} {'causal':>8} {'both ways':>10}")
+        for layer, row in enumerate(zip(*scores.values(), strict=True)):
+            print(f"{layer:>5} {row[0]:>8.1f} {row[1]:>10.1f}")
+        measured[Path(model).name] = scores
+    write_json(RESULTS, measured)
 
 
 if __name__ == "__main__":
