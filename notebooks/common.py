@@ -28,7 +28,7 @@ def setup(seed: int = 0, figures: str = "svg") -> None:
     plt.rcParams.update({
         "axes.spines.top": False, "axes.spines.right": False, "axes.titlelocation": "left", "axes.titlesize": 11,
         "figure.dpi": 80, "figure.facecolor": "white", "savefig.facecolor": "white", "font.size": 10, "image.cmap": "viridis",
-        "legend.frameon": False, "svg.fonttype": "none", "svg.hashsalt": "llm2vec-min",
+        "legend.frameon": False, "font.sans-serif": ["DejaVu Sans", "sans-serif"], "svg.fonttype": "none", "svg.hashsalt": "llm2vec-min",
     })  # fmt: skip
 
 

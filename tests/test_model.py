@@ -89,7 +89,7 @@ def test_logits_and_states(both, variant, causal, padding):
 
 
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize("variant", ["llama-tied", "mistral-window", "llama-llama3-rope"])
+@pytest.mark.parametrize("variant", ["llama-tied", "mistral-window", "llama-llama3-rope", "qwen2"])
 def test_gradients(both, variant, causal):
     theirs, mine = both(variant)
     theirs.requires_grad_(True), mine.requires_grad_(True)

@@ -38,7 +38,7 @@ def words_and_results(notebook) -> tuple[str, str]:
 
 
 @pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "from common import" in p.read_text()], ids=lambda path: path.stem)
-def test_every_number_in_the_prose_was_measured(path):
+def test_numbers_in_the_prose_occur_in_code_or_output(path):
     """Decimals, percentages and whole numbers from 10 stand in the code or its output; years, arXiv ids, sizes of models and
     numbers of notebooks apart."""
     prose, shown = words_and_results(nbformat.read(path, as_version=4))
@@ -48,9 +48,16 @@ def test_every_number_in_the_prose_was_measured(path):
     for match in re.finditer(r"(?<![\w.])\d[\d,]*(?:\.\d+)?(?: ?%)?", prose):
         number = match.group().replace(",", "").rstrip("% ")
         if "." in number or "%" in match.group() or int(number) >= 10:
-            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\d)", shown), prose[
+            assert re.search(rf"(?<![\d.]){re.escape(number)}(?!\.?\d)", shown), prose[
                 max(0, match.start() - 60) : match.end() + 40
             ]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
+def test_links_lead_to_files(path):
+    prose, _ = words_and_results(nbformat.read(path, as_version=4))
+    for target in re.findall(r"\]\(([^)#]+)", prose):
+        assert target.startswith("http") or (path.parent / target).exists(), target
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)

@@ -89,7 +89,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--steps", "optimizer steps", type=int)
     add(group, "--batch-size", "sequences (supervised: triplets) per optimizer step, over all processes", type=int)
     add(group, "--micro-batch-size", "sequences per forward pass of one process: less memory for the same result (simcse "
-        "and supervised, which counts texts: GradCache, a third more time); 0: its whole share of the batch", type=int)  # fmt: skip
+        "and supervised, which counts texts: GradCache, one more forward pass); 0: its whole share of the batch", type=int)  # fmt: skip
     add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse and supervised", type=int)
     add(group, "--lr", "peak learning rate", type=float)
     add(group, "--warmup-steps", "steps of linear warmup", type=int)
@@ -126,7 +126,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--device", "cpu, cuda, cuda:1, mps; default: the first GPU if there is one")
     add(group, "--dtype", "of base weights and products (adapters stay float32); default: bfloat16 on a GPU, else "
         "float32", choices=tuple(DTYPES))  # fmt: skip
-    add(group, "--gradient-checkpointing", "recompute activations instead of keeping them: less memory, a third more "
+    add(group, "--gradient-checkpointing", "recompute activations instead of keeping them: less memory, up to half more "
         "time", action=argparse.BooleanOptionalAction)  # fmt: skip
     add(group, "--save-every", "steps between checkpoints to resume from; 0: every two minutes", type=int)
     add(group, "--eval-every", "steps between evaluations; 0: a quarter of the run", type=int)

@@ -1,4 +1,4 @@
-"""How the loss of the mask adds up with depth: Spearman x 100 of each layer's states, causal and bidirectional, untrained.
+"""What the loss of the mask does at each depth: Spearman x 100 of each layer's states, causal and bidirectional, untrained.
 
 python tests/benchmarks/depth.py --models tiny $(python tests/build_smollm2.py)     # writes results/depth.json
 """
