@@ -37,7 +37,7 @@ def words_and_results(notebook) -> tuple[str, str]:
     return prose, "\n".join([cell.source for cell in code] + shown)
 
 
-@pytest.mark.parametrize("path", [p for p in NOTEBOOKS if "from common import" in p.read_text()], ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_numbers_in_the_prose_occur_in_code_or_output(path):
     """Decimals, percentages and whole numbers from 10 stand in the code or its output; years, arXiv ids, sizes of models and
     numbers of notebooks apart."""
