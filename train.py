@@ -49,6 +49,8 @@ FITTED = ("gradient_checkpointing", "micro_batch_size")  # the settings that are
 
 def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
     """Tokenizer and decoder from scratch; the result is a plain Hugging Face checkpoint in bfloat16."""
+    if args.eval:
+        read_pairs(args.eval)  # its mistakes now, not after the text has been tokenized
     train_lines, held_lines = read_split(args.data, every=1000)
     resume = args.resume and has_checkpoint(work)
     spare = TemporaryDirectory()  # for the tokenizer, until every check has passed and the run gets its folder
@@ -69,10 +71,14 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, argum
     torch.manual_seed(args.seed)
     model = LanguageModel(config).to(device)
     init_weights(model)
+    evaluate = None
+    if args.eval:
+        both = {name: LLM2Vec(model.model, tokenizer, causal=name == "causal") for name in ("causal", "bidirectional")}
+        evaluate = lambda: {f"spearman_{name}": sts_score(l2v, args.eval) for name, l2v in both.items()}  # noqa: E731
     blocks = pack_blocks(tokenizer, train_lines, args.max_length, "--data")
     held_out = pack_blocks(tokenizer, held_lines, args.max_length, "every 1000th line of --data, held out,")
     print(f"{sum(p.numel() for p in model.parameters()):,} parameters, {blocks.size:,} tokens to train on")
-    bfloat16, options = args.dtype == "bfloat16", dict(arguments=arguments, resume=resume)
+    bfloat16, options = args.dtype == "bfloat16", dict(arguments=arguments, evaluate=evaluate, resume=resume)
     pretrain(model, blocks, held_out, settings, work, tokenizer=tokenizer, bfloat16=bfloat16, compiled=args.compile, **options)
     save_checkpoint(model, work, torch.bfloat16)
     ids = {name: tokenizer.backend.token_to_id(t) for name, t in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}

@@ -11,6 +11,7 @@ import train as command
 from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
+from llm2vec_min.evaluation import sts_score
 from llm2vec_min.lora import LoRALinear, add_lora
 from llm2vec_min.training.loop import Loop, Settings
 from llm2vec_min.weights import save_adapter
@@ -202,3 +203,26 @@ def test_pretrain_flags(start, tmp_path):
     assert [model.config.vocab_size for model in models] == [300, 310, 300]
     weights = [model.model.layers[0].mlp.up_proj.weight for model in models]
     assert not torch.equal(weights[0], weights[2])
+
+
+def test_pretraining_shows_the_scores_of_both_directions(start, tmp_path):
+    (tmp_path / "more.txt").write_text("\n".join(f"{text} {i}" for i in range(400) for text in TEXTS[:6]))
+    (tmp_path / "pairs.tsv").write_text("".join(f"{i}\t{TEXTS[i]}\t{TEXTS[i + 1]}\n" for i in range(5)))
+    flags = [
+        "--data",
+        str(tmp_path / "more.txt"),
+        "--vocab-size",
+        "300",
+        "--hidden-size",
+        "32",
+        "--eval",
+        str(tmp_path / "pairs.tsv"),
+    ]
+    model, *_, options = start(*flags, stage="pretrain")
+    scores = options["evaluate"]()
+    tokenizer = options["tokenizer"]
+    expected = {
+        f"spearman_{name}": sts_score(LLM2Vec(model.model, tokenizer, causal=causal), tmp_path / "pairs.tsv")
+        for name, causal in (("causal", True), ("bidirectional", False))
+    }
+    assert scores == expected and len(set(scores.values())) == 2
