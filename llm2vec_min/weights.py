@@ -337,4 +337,4 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
         )
     add_lora(decoder, r, alpha, dropout, targets)
     decoder.load_state_dict({k: v.to(decoder.norm.weight.device) for k, v in state.items()}, strict=False, assign=True)
-    decoder.requires_grad_(False)
+    decoder.requires_grad_(False).train(decoder.training)  # new layers start in training mode, whatever the model is in

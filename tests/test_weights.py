@@ -249,6 +249,15 @@ def test_adapter_round_trip_and_rslora(reference, tmp_path):
     torch.testing.assert_close(mine(ids, causal=True), expected, **TOLERANCE)
 
 
+@pytest.mark.parametrize("training", [True, False])
+def test_an_adapter_takes_the_models_mode(reference, tmp_path, training):
+    model, folder = reference("llama")
+    peft.get_peft_model(copy.deepcopy(model.model), peft.LoraConfig(**LORA)).save_pretrained(tmp_path)
+    mine = load_decoder(folder).train(training)
+    load_adapter(mine, tmp_path)
+    assert {module.training for module in mine.modules()} == {training}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
