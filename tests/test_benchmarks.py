@@ -5,7 +5,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+import torch
+
+from llm2vec_min import LLM2Vec
+from llm2vec_min.lora import LoRALinear, add_lora
+
 ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
 
 
 def test_gpu_on_the_smallest_shape(tmp_path):
@@ -26,3 +33,47 @@ def test_gpu_on_the_smallest_shape(tmp_path):
     )
     assert done.returncode == 0, done.stderr[-2000:]
     assert len(json.loads((tmp_path / "x.json").read_text())) and "GradCache" in done.stdout
+
+
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+def test_the_grouped_function_is_its_plain_layers(probability):
+    from grouped import GroupedLoRA, noise
+
+    torch.manual_seed(0)
+    N, C, R, widths = 5, 8, 2, (6, 3, 4)
+    x, A, *rest = (torch.randn(n, m, dtype=torch.float64, requires_grad=True) for n, m in (
+        (N, C), (len(widths) * R, C), *((out, R) for out in widths)))  # fmt: skip
+    weights = [torch.randn(out, C, dtype=torch.float64) for out in widths]
+
+    def plain(x, A, *B):
+        dropped = x * noise(x, probability, 7) if probability else x
+        parts = A.chunk(len(B))
+        return [x @ W.T + 1.5 * dropped @ a.T @ b.T for W, a, b in zip(weights, parts, B, strict=True)]
+
+    ours, theirs = GroupedLoRA.apply(x, A, 1.5, probability, 7, weights, *rest), plain(x, A, *rest)
+    directions = [torch.randn_like(y) for y in ours]
+    for y, z in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(y, z)
+    gradients = [torch.autograd.grad(ys, (x, A, *rest), directions) for ys in (ours, theirs)]
+    for mine, other in zip(*gradients, strict=True):
+        torch.testing.assert_close(mine, other)
+
+
+def test_a_grouped_model_is_the_plain_one_without_dropout():
+    from grouped import group
+
+    torch.manual_seed(0)
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
+    add_lora(l2v.decoder, dropout=0.0)
+    for layer in l2v.decoder.modules():
+        if isinstance(layer, LoRALinear):
+            torch.nn.init.normal_(layer.lora_B.weight, std=0.1)
+    l2v.decoder.train()
+    parameters = [p for p in l2v.decoder.parameters() if p.requires_grad]
+    ids = torch.randint(5, 4096, (2, 9))
+    results = []
+    for _ in range(2):
+        loss = l2v.decoder(ids, causal=False).square().mean()
+        results.append((loss, torch.autograd.grad(loss, parameters)))
+        group(l2v.decoder)
+    torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
