@@ -77,3 +77,15 @@ def test_a_grouped_model_is_the_plain_one_without_dropout():
         results.append((loss, torch.autograd.grad(loss, parameters)))
         group(l2v.decoder)
     torch.testing.assert_close(results[0], results[1], atol=1e-5, rtol=1e-4)
+
+
+def test_an_encoder_whose_package_is_missing_is_one_line(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(ROOT / "tests/benchmarks"))
+    import encoders
+
+    monkeypatch.setitem(sys.modules, "xllamacpp", None)  # as if it was not installed
+    sides = {"llama.cpp": encoders.llama_cpp, "two numbers": lambda models: lambda texts: [[1.0, 2.0] for _ in texts]}
+    loaded, vectors, skipped = encoders.load_sides(None, ["a", "b"], sides)
+    assert list(loaded) == list(vectors) == ["two numbers"] and "xllamacpp" in skipped["llama.cpp"]
+    assert capsys.readouterr().out.splitlines()[0].startswith("skipped llama.cpp: ")
+    assert len(encoders.in_turns(loaded, ["a"], 2)["two numbers"]) == 2

@@ -13,6 +13,7 @@ from llm2vec_min.config import PRESETS
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import families  # noqa: E402
 import ladder  # noqa: E402
 import picture  # noqa: E402
 
@@ -40,6 +41,11 @@ def test_the_ladder_is_the_measured_one():
 @pytest.mark.parametrize("model", ["smollm2-135m", "tiny"])
 def test_the_benchmarks_tables_are_the_measured_ones(model):
     assert "\n".join(ladder.table(json.loads((RESULTS / f"{model}.json").read_text()))) in BENCHMARKS
+
+
+@pytest.mark.parametrize("name", families.tables())
+def test_the_tables_of_families_are_the_measured_ones(name):
+    assert "\n".join(families.tables()[name]) in BENCHMARKS
 
 
 @pytest.mark.parametrize("theme", picture.THEMES)

@@ -5,26 +5,26 @@
 
 Three tasks: an MNTP step, a SimCSE step (forward, backward, clipping, AdamW) and encoding of mixed-length text. The other
 side is what a user would write with the libraries: `get_peft_model` over AutoModel with sdpa attention, logits at every
-position, a bidirectional mask through `is_causal`; sentence-transformers on the exported model for encoding. With --gguf FILE
-(and `pip install xllamacpp`) encoding by llama.cpp as well, with the cosine between its vectors and ours.
+position, a bidirectional mask through `is_causal`; sentence-transformers on the exported model for encoding. Encoding beside
+llama.cpp, OpenVINO and ONNX: tests/benchmarks/encoders.py.
 """
 
 import argparse
-import random
 import statistics
 import sys
 import tempfile
 import time
 from pathlib import Path
 
-import numpy as np
 import peft
 import torch
 import torch.nn.functional as F
 import transformers
 from sentence_transformers import SentenceTransformer
 
-sys.path.insert(0, str(Path(__file__).parent.parent.parent))
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent.parent)]
+from encoders import make_texts
+
 from llm2vec_min import LLM2Vec
 from llm2vec_min.device import DTYPES
 from llm2vec_min.lora import TARGET_MODULES, add_lora
@@ -32,15 +32,7 @@ from llm2vec_min.model import set_attention_dropout
 from llm2vec_min.training.mntp import mask_tokens, mntp_loss
 from llm2vec_min.training.simcse import embed_twins, info_nce
 
-WORDS = "the of a cat dog river mountain walks quickly under seven green houses because nobody knows what time it was".split()
 ATTENTION_DROPOUT, LORA_DROPOUT, TEMPERATURE = 0.3, 0.05, 0.05
-
-
-def make_texts(count: int, median: float, longest: int, seed: int = 0) -> list[str]:
-    """Word salads with log-normal lengths in words."""
-    rng = random.Random(seed)
-    lengths = [max(1, min(longest, round(median * rng.lognormvariate(0, 0.8)))) for _ in range(count)]
-    return [" ".join(rng.choice(WORDS) for _ in range(n)) for n in lengths]
 
 
 class Ours:
@@ -128,28 +120,6 @@ class Libraries(Ours):
         return self.sentence_transformer.encode(texts, batch_size=32)
 
 
-class LlamaCpp:
-    """What many CPU users would pick: a GGUF file of the same model, non-causal attention, mean pooling."""
-
-    def __init__(self, path: str, threads: int):
-        import xllamacpp
-
-        params = xllamacpp.CommonParams()
-        params.model.path, params.embedding, params.warmup, params.n_parallel = path, True, False, 8
-        params.n_ctx = params.n_batch = params.n_ubatch = 4096
-        params.cpuparams.n_threads = params.cpuparams_batch.n_threads = threads
-        params.pooling_type = xllamacpp.llama_pooling_type.LLAMA_POOLING_TYPE_MEAN
-        params.attention_type = xllamacpp.llama_attention_type.LLAMA_ATTENTION_TYPE_NON_CAUSAL
-        self.server = xllamacpp.Server(params)
-
-    def encode(self, texts):
-        return np.array([row["embedding"] for row in self.server.handle_embeddings({"input": texts})["data"]])
-
-
-def cosines(a, b) -> np.ndarray:
-    return (a * b).sum(1) / np.linalg.norm(a, axis=1) / np.linalg.norm(b, axis=1)
-
-
 def synchronize(device: torch.device) -> None:
     """Waits until a GPU (CUDA, MPS) has done what it was told."""
     if device.type != "cpu":
@@ -176,7 +146,6 @@ def main() -> None:
     parser.add_argument("--model", required=True, help="checkpoint folder")
     parser.add_argument("--dtype", choices=tuple(DTYPES), default="bfloat16")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--gguf", help="the same model for llama.cpp")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
@@ -194,11 +163,6 @@ def main() -> None:
         for t in mask_tokens(ids, mask_id=sides[0].l2v.tokenizer.mask_id(), special_ids=set(), vocab_size=vocab_size)
     )
     rows = [("encode 128 texts, median 25 words", alternate(lambda s: s.encode(mixed), sides, args.repeats, device))]
-    if args.gguf:
-        llama = LlamaCpp(args.gguf, args.threads)
-        rows.append(("the same, by llama.cpp", alternate(lambda s: s.encode(mixed), [sides[0], llama], args.repeats, device)))
-        alike = cosines(np.array(sides[0].encode(mixed)), llama.encode(mixed))
-        print(f"cosine of llama.cpp's vectors and ours: mean {alike.mean():.4f}, least {alike.min():.4f}")
     for side in sides:
         side.add_lora()
     rows.append(("MNTP step, 8 x 128 tokens", alternate(lambda s: s.mntp(masked_ids, labels), sides, args.repeats, device)))
