@@ -38,7 +38,6 @@ from safetensors.torch import load_file
 
 sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
 from build_smollm2 import GGUF
-
 from llm2vec_min import LLM2Vec
 from llm2vec_min.interop.export import export_model
 
