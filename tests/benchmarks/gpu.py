@@ -71,6 +71,9 @@ class RandomOurs(Ours):
         self.l2v.lm_head = lm_head.requires_grad_(False)
         self.device, decoder.gradient_checkpointing = device, checkpointing
 
+    def encode(self, texts):
+        return self.l2v.encode(texts)  # batches by tokens
+
     def simcse_cached(self, texts, micro_batch_size):
         """GradCache."""
         set_attention_dropout(self.l2v.decoder, 0.3)
@@ -197,13 +200,13 @@ def theory(config: ModelConfig, stage: str, device: torch.device, rate: float, s
 def compare(name: str, args, device: torch.device, rate: float, write) -> None:
     """Encoding, an MNTP step and a SimCSE step of all sides."""
     config, B, T = make_config(name), args.batch, args.length
-    texts, sentences = make_texts(16 * B, 25, 400), make_texts(4 * B, 20, 100)
+    on_gpu = device.type == "cuda"
+    texts, sentences = make_texts((64 if on_gpu else 16) * B, 25, 400), make_texts(4 * B, 20, 100)
     ids = torch.randint(1000, 4000, (B, T))
     masked_ids, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000)
     lengths = [len(row.ids) for row in Tokenizer(TINY).encode(sentences, max_length=128)]
     twins = dict(batch_size=len(sentences), max_length=max(lengths))
     stages = {"mntp": Settings(batch_size=B, max_length=T), "simcse": Settings(attention_dropout=0.3, **twins)}
-    on_gpu = device.type == "cuda"
     fitted = [memory.fit(config, s, stage, room(device), {"micro_batch_size"}, on_gpu=on_gpu) for stage, s in stages.items()]
     checkpointing = any(settings.gradient_checkpointing for settings in fitted)
     if any(memory.plan(config, s, stage, on_gpu=on_gpu).peak > room(device) for stage, s in zip(stages, fitted, strict=True)):

@@ -1,6 +1,7 @@
 """An experiment: LoRA on layers that share an input (q, k, v; gate, up) as one autograd function, beside the plain layers.
 
     python tests/benchmarks/grouped.py --model $(python tests/build_smollm2.py)     # an MNTP step of 8 x 128 tokens, bfloat16
+    python tests/benchmarks/grouped.py --shape 1.3b --batch 32 --length 512         # on a GPU, random weights of that shape
 
 Autograd keeps, for each plain layer, the dropped-out input of its adapter. One function for all layers that read x keeps x
 once and draws the dropout again from its seed. With the rows of all A side by side, for layers i that share x (N, in):
@@ -22,10 +23,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-sys.path[:0] = [str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
+sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent), str(Path(__file__).parent.parent.parent)]
+from gpu import SHAPES, RandomOurs, free
 from peak_memory import PeakMemory
+from speed import synchronize
 
 from llm2vec_min import LLM2Vec
+from llm2vec_min.device import pick_device
 from llm2vec_min.lora import LoRALinear, add_lora
 from llm2vec_min.model import Decoder
 from llm2vec_min.training.mntp import mask_tokens, mntp_loss
@@ -102,15 +106,22 @@ def group(decoder: Decoder) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", required=True, help="checkpoint folder")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--model", help="checkpoint folder")
+    source.add_argument("--shape", choices=tuple(SHAPES), help="random weights of this shape")
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--length", type=int, default=128)
     parser.add_argument("--repeats", type=int, default=5)
     args = parser.parse_args()
+    device = pick_device(args.device)
     times: dict[str, list[float]] = {"plain": [], "grouped": []}
     peaks, sides = {}, {}
     for name in times:
-        l2v = LLM2Vec.from_pretrained(args.model, dtype="bfloat16", lm_head=True, device="cpu")
+        if args.model:
+            l2v = LLM2Vec.from_pretrained(args.model, dtype="bfloat16", lm_head=True, device=device)
+        else:
+            l2v = RandomOurs(args.shape, device, checkpointing=False).l2v
         torch.manual_seed(0)
         add_lora(l2v.decoder)
         if name == "grouped":
@@ -119,20 +130,35 @@ def main() -> None:
         sides[name] = l2v
     vocab_size = l2v.decoder.config.vocab_size
     ids = torch.randint(1000 % vocab_size, vocab_size, (args.batch, args.length))
-    masked_ids, labels = mask_tokens(ids, mask_id=l2v.tokenizer.mask_id(), special_ids=set(), vocab_size=vocab_size)
+    batch = [t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=vocab_size)]
+
+    def step(l2v: LLM2Vec) -> None:
+        mntp_loss(l2v.decoder, l2v.lm_head, *batch).backward()
+
     for name, l2v in sides.items():  # the warm-up counts memory
-        with PeakMemory([*l2v.decoder.parameters(), l2v.lm_head.weight]) as memory:
-            mntp_loss(l2v.decoder, l2v.lm_head, masked_ids, labels).backward()
-        peaks[name] = memory.peak
+        if device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            step(l2v)
+            peaks[name] = torch.cuda.max_memory_allocated() - before
+        else:
+            with PeakMemory([*l2v.decoder.parameters(), l2v.lm_head.weight]) as memory:
+                step(l2v)
+            peaks[name] = memory.peak
+        l2v.decoder.zero_grad(set_to_none=True)
+        free(device)
     for _ in range(args.repeats):
         for name, l2v in sides.items():
+            synchronize(device)
             start = time.perf_counter()
-            mntp_loss(l2v.decoder, l2v.lm_head, masked_ids, labels).backward()
+            step(l2v)
+            synchronize(device)
             times[name].append(time.perf_counter() - start)
             l2v.decoder.zero_grad(set_to_none=True)
     for name, seconds in times.items():
         print(
-            f"{name:<8} {statistics.median(seconds):.2f} s a step (median of {args.repeats}), {peaks[name] / 1e9:.2f} GB above the weights"
+            f"{name:<8} {statistics.median(seconds):.3f} s a step (median of {args.repeats}), "
+            f"{peaks[name] / 1e9:.2f} GB above the weights"
         )
 
 
