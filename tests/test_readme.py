@@ -48,6 +48,27 @@ def test_the_tables_of_families_are_the_measured_ones(name):
     assert "\n".join(families.tables()[name]) in BENCHMARKS
 
 
+def test_the_gpus_figures_are_the_measured_ones():
+    measured = json.loads((RESULTS / "gpu-h200.json").read_text())
+    rows = [row for part in measured["parts"] for row in part["rows"] if "ratio" in row]
+    assert len(rows) == 6
+    for row in rows:
+        sides = ("ours", "theirs", "theirs_bf16")
+        seconds = [f"{v:.3f}" if v < 1 else f"{v:.2f}" for v in (row[f"{side}_s"] for side in sides)]
+        memory = [f"{v:.1f}" if v < 100 else f"{v:.0f}" for v in (row[f"{side}_gb"] for side in sides)]
+        times = " | ".join(f"{value} s" for value in seconds)
+        ratios = f"{row['ratio']:.1f}x, {row['ratio_bf16']:.1f}x"
+        assert f"| {times} | {ratios} | " + " | ".join(f"{value} GB" for value in memory) in BENCHMARKS, row
+        if row["model"] == "1.3b" or "encode" not in row["task"]:
+            assert f"| {times} | {' / '.join(memory)} GB |" in README, row
+
+
+def test_the_encoders_are_the_measured_ones():
+    for row in json.loads((RESULTS / "encoders.json").read_text())["rows"]:
+        cells = [f"{row['seconds']:.1f}", f"{row['times_ours']:.2f}", *(f"{row[f'cosine_{k}']:.3f}" for k in ("mean", "lowest"))]
+        assert " | ".join([f"| {row['name']}", *cells]) in BENCHMARKS
+
+
 @pytest.mark.parametrize("theme", picture.THEMES)
 def test_the_picture_is_drawn_from_the_measured_ladder(theme):
     assert (ROOT / ".github" / f"steps-{theme}.svg").read_text() == picture.draw(theme)
