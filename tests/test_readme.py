@@ -65,7 +65,11 @@ def test_the_gpus_figures_are_the_measured_ones():
 
 def test_the_encoders_are_the_measured_ones():
     for row in json.loads((RESULTS / "encoders.json").read_text())["rows"]:
-        cells = [f"{row['seconds']:.1f}", f"{row['times_ours']:.2f}", *(f"{row[f'cosine_{k}']:.3f}" for k in ("mean", "lowest"))]
+        cells = [
+            f"{row['seconds']:.1f}",
+            f"{row['times_ours']:.2f}",
+            *(f"{row[f'cosine_{k}']:.3f}" for k in ("mean", "lowest")),
+        ]
         assert " | ".join([f"| {row['name']}", *cells]) in BENCHMARKS
 
 
