@@ -24,7 +24,7 @@ PICKLES = ("pytorch_model.bin", "pytorch_model-*-of-*.bin")  # taken only where 
 
 
 def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -> Path:
-    """The local folder of a model: a preset's name, a folder, or a hub id (`owner/name`, `owner/name@revision`).
+    """The local folder of a model: a preset's name (its base), a folder, or a hub id (`owner/name`, `owner/name@revision`).
 
     Hub models are downloaded on first use, only the files that are needed, into huggingface_hub's cache.
 
@@ -34,7 +34,8 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
     Raises:
         ValueError: nothing of that name, or the hub's refusal and what to do about it.
     """
-    name = PRESETS[str(name)].model if str(name) in PRESETS else name
+    while str(name) in PRESETS:  # one may stand on another, as tiny-mntp does on tiny
+        name = PRESETS[str(name)].model
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder

@@ -161,8 +161,9 @@ def test_sound(tmp_path, kind, pooling):
     assert unseen == ({"length"} if (kind, pooling) == ("mistral", "first") else set())
 
 
-def test_command(capsys):
-    doctor.main(["--model", "tiny", "--device", "cpu"])
+@pytest.mark.parametrize("model", ["tiny", "tiny-llm2vec", "tiny-causal-simcse"])
+def test_command(model, capsys):
+    doctor.main(["--model", model, "--device", "cpu"])
     lines = capsys.readouterr().out.splitlines()
     assert [line.split("  ")[0].strip() for line in lines] == ["passed"] * 11
 
