@@ -38,11 +38,9 @@ def gpu() -> torch.device:
 def test_equals_transformers(both, gpu, variant, causal, padding):
     theirs, mine = (copy.deepcopy(model).to(gpu) for model in both(variant))
     ids, mask = random_batch(padding=padding)
-    options = {"sliding_window": None} if not causal else {}  # transformers has no window to both sides
-    for name, value in options.items():
-        setattr(theirs.config, name, value)
-        mine.config = mine.model.config = copy.copy(mine.config)
-        setattr(mine.config, name, value)
+    if not causal:  # transformers has no window to both sides
+        for config in (theirs.config, mine.config, mine.model.config):
+            config.sliding_window = None
     theirs_mask = None if mask is None else mask.long().to(gpu)
     expected = run_reference(theirs, ids.to(gpu), theirs_mask, causal=causal).logits
     logits = mine(ids.to(gpu), mask, causal=causal)
