@@ -144,10 +144,10 @@ def read_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
     for number, line in numbered_lines(path):
         fields = line.split("\t")
         try:
-            score, a, b = float(fields[0]), fields[1], fields[2]
-            if not math.isfinite(score):
+            score, (a, b) = float(fields[0]), fields[1:]
+            if not math.isfinite(score) or not a or not b:
                 raise ValueError
-        except (ValueError, IndexError):
+        except ValueError:
             if not line:
                 continue
             raise ValueError(f"{path}:{number}: found {line[:60]!r}, expected score<tab>sentence<tab>sentence") from None

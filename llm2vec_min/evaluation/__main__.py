@@ -52,6 +52,8 @@ def check(args: argparse.Namespace) -> dict[str, str]:
         raise ValueError("--model goes alone; --compare and --ladder name the models themselves")
     if args.adapter and (args.compare or args.ladder):
         raise ValueError("--adapter goes with --model; --compare takes runs")
+    if args.causal and args.ladder:
+        raise ValueError("--causal goes without --ladder, whose columns have directions of their own")
     if wrong := [text for text in args.instruction if "=" not in text]:
         raise ValueError(f"--instruction {wrong[0]!r}: expected KIND=TEXT")
     for name, least in (("limit", 2), ("batch_size", 1), ("max_length", 1)):

@@ -10,6 +10,7 @@ Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
 from __future__ import annotations
 
 import math
+import zlib
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -26,12 +27,13 @@ KINDS: dict[str, tuple[Callable, Callable]] = {
     "sts": (sentences.read_pairs, partial(sentences.score_pairs, metric="spearman")),
     "pairs": (sentences.read_binary_pairs, partial(sentences.score_pairs, metric="average_precision")),
     "classification": (sentences.read_classification, sentences.score_classification),
-    "clustering": (sentences.read_labelled, sentences.score_clustering),
+    "clustering": (sentences.read_clustering, sentences.score_clustering),
     "retrieval": (sentences.read_retrieval, sentences.score_retrieval),
     "reranking": (sentences.read_reranking, sentences.score_reranking),
     "words": (words.read_probe, words.score_words),
 }
 RESAMPLES = 1000
+FEWEST = 10  # independent rows for an interval: of fewer a gain in every one happens by chance in more than 1 of 512 cases
 Measured = dict[str, dict[str, tuple[float, np.ndarray]]]  # task -> metric -> (value, its resamples)
 
 
@@ -39,8 +41,9 @@ def resample(score: Score, resamples: int = RESAMPLES, seed: int = 0) -> tuple[f
     """A score and what it would have been on other test sets of its size.
 
     Returns:
-        The value, and (resamples,) values on test rows drawn group by group with replacement; centred on the value,
-        because repeated rows flatter some metrics (V-measure). The same seed and groups give the same rows.
+        The value, and (resamples,) values on test rows drawn group by group with replacement. The same seed and groups
+        give the same rows. All nan with fewer than FEWEST groups, whose resamples are too few different ones to say
+        anything, and where the score is undefined.
     """
     value = score.statistic(np.arange(len(score.groups)))
     order = np.argsort(score.groups, kind="stable")
@@ -48,17 +51,20 @@ def resample(score: Score, resamples: int = RESAMPLES, seed: int = 0) -> tuple[f
     rng = np.random.default_rng(seed)
     drawn = (rng.integers(0, len(members), len(members)) for _ in range(resamples))
     draws = np.array([score.statistic(np.concatenate([members[g] for g in groups])) for groups in drawn])
-    kept = draws[np.isfinite(draws)]  # a resample of one single score or label has no value
-    if not math.isfinite(value) or not len(kept):
+    if not math.isfinite(value) or not np.isfinite(draws).any():  # a resample of one single score or label has no value
         return math.nan, np.full(resamples, math.nan)
-    return value, np.clip(draws + value - kept.mean(), -100, 100)
+    return value, draws if len(members) >= FEWEST else np.full(resamples, math.nan)
 
 
 def interval(value: float, draws: np.ndarray) -> dict[str, float | None]:
-    """A score as {"value", "low", "high"}, the 95 % interval; all None where it is not defined (all cosines equal)."""
+    """A score as {"value", "low", "high"}, the 95 % interval, moved so that its centre is the value, because repeated rows
+    flatter some metrics (V-measure). All None where the score is not defined (all cosines equal), low and high with
+    fewer than FEWEST independent rows."""
     if not math.isfinite(value):
         return {"value": None, "low": None, "high": None}
-    low, high = np.nanquantile(draws, [0.025, 0.975])
+    if not np.isfinite(draws).any():
+        return {"value": value, "low": None, "high": None}
+    low, high = np.clip(np.nanquantile(draws, [0.025, 0.975]) + value - np.nanmean(draws), -100, 100)
     return {"value": value, "low": float(low), "high": float(high)}
 
 
@@ -67,14 +73,18 @@ def paired(before: tuple[float, np.ndarray], after: tuple[float, np.ndarray]) ->
 
     Returns:
         {"difference", "low", "high", "p"}: the 95 % interval, and the two-sided p-value of "no difference": twice the share
-        of resamples in which the sign turns round, at least 1 / (resamples + 1). All None where a score is undefined.
+        of resamples in which the sign turns round or both are exactly equal, at least 1 / (resamples + 1). All None where a
+        score is undefined, all but the difference with fewer than FEWEST independent rows.
     """
     difference, draws = after[0] - before[0], after[1] - before[1]
     if not math.isfinite(difference):
         return {"difference": None, "low": None, "high": None, "p": None}
     draws = draws[np.isfinite(draws)]
+    if not len(draws):
+        return {"difference": difference, "low": None, "high": None, "p": None}
+    equal, draws = draws == 0, draws + difference - draws.mean()  # equal before they are moved: the shift breaks ties
     low, high = np.quantile(draws, [0.025, 0.975])
-    tail = min((draws <= 0).sum(), (draws >= 0).sum())
+    tail = min((equal | (draws <= 0)).sum(), (equal | (draws >= 0)).sum())
     p = min(1.0, (2 * tail + 1) / (len(draws) + 1))
     return {"difference": difference, "low": float(low), "high": float(high), "p": float(p)}
 
@@ -115,7 +125,8 @@ def measure(
     for name, (kind, data) in tasks.items():
         more = [layers] if kind == "words" else []
         scores = KINDS[kind][1](l2v, data, limit, (instructions or {}).get(kind), batch_size, *more)
-        measured[name] = {metric: resample(score) for metric, score in scores.items()}
+        seed = zlib.crc32(name.encode())  # tasks of one size are resampled independently of each other, models alike
+        measured[name] = {metric: resample(score, seed=seed) for metric, score in scores.items()}
     return measured
 
 
@@ -202,7 +213,8 @@ def table(result: dict) -> str:
             cells = []
             for model in models:
                 s = result["models"][model][task][metric]
-                number = "undefined" if s["value"] is None else f"{s['value']:.1f} [{s['low']:.1f}, {s['high']:.1f}]"
+                number = "undefined" if s["value"] is None else f"{s['value']:.1f}"
+                number += "" if s["low"] is None else f" [{s['low']:.1f}, {s['high']:.1f}]"
                 cells.append(number + signs.get((model, task, metric), ""))
             lines.append(f"| {short(task) if ':' in task else task} | {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)

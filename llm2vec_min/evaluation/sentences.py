@@ -7,7 +7,8 @@ Files are UTF-8, plain or compressed (.gz, .xz):
     classification  TRAIN.tsv,TEST.tsv: label <tab> text
     clustering      F.tsv: label <tab> text
     retrieval       a folder as BEIR's: corpus.jsonl {"_id", "title", "text"}, queries.jsonl {"_id", "text"} and
-                    qrels.tsv: query id <tab> document id <tab> relevance, with or without a header
+                    qrels.tsv: query id <tab> document id <tab> relevance, with or without a header. A document with a
+                    query's _id is ranked like any other (mteb leaves it out in some sets, such as ArguAna)
     reranking       F.jsonl: {"query": text, "positive": [texts], "negative": [texts]}
 """
 
@@ -41,6 +42,12 @@ def mean_score(values: np.ndarray) -> Score:
     return Score(lambda rows: 100 * float(np.mean(values[rows])), np.arange(len(values)))
 
 
+def numbered(values: list[str]) -> np.ndarray:
+    """(N,) whole numbers from 0, equal for equal texts, in the texts' order."""
+    numbers = {value: number for number, value in enumerate(sorted(set(values)))}
+    return np.array([numbers[value] for value in values])
+
+
 # ---- Files ----
 
 
@@ -50,12 +57,14 @@ def sample(count: int, limit: int | None) -> np.ndarray:
 
 
 def read_binary_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
-    """`read_pairs` where the scores are 1 or 0; ValueError if not."""
+    """`read_pairs` where the scores are 1 or 0, both of them; ValueError if not."""
     pairs = read_pairs(path)
     for number, line in numbered_lines(path):
         label = line.partition("\t")[0]
         if line and float(label) not in (0, 1):
             raise ValueError(f"{path}:{number}: found the label {label!r}, expected 1 or 0")
+    if len(set(pairs[0])) == 1:
+        raise ValueError(f"{path}: every label is {pairs[0][0]:g}, expected pairs with 1 and pairs with 0")
     return pairs
 
 
@@ -74,6 +83,14 @@ def read_labelled(path: str | Path) -> dict[str, list]:
             rows["labels"].append(label), rows["texts"].append(text), rows["lines"].append(number)
     if not rows["texts"]:
         raise ValueError(f"{path}: no text in it, expected lines of label<tab>text")
+    return rows
+
+
+def read_clustering(path: str | Path) -> dict[str, list]:
+    """`read_labelled`; ValueError also where all labels are equal or all differ: any clustering would be perfect, or none."""
+    rows = read_labelled(path)
+    if not 1 < (count := len(set(rows["labels"]))) < len(rows["texts"]):
+        raise ValueError(f"{path}: {count} different labels on {len(rows['texts'])} lines, expected at least 2, each more often")
     return rows
 
 
@@ -106,7 +123,7 @@ def read_jsonl(path: str | Path, **fields: type) -> Iterator[tuple[int, dict]]:
             record = json.loads(line) if line else None
             json.dumps(record, ensure_ascii=False).encode()  # half of a surrogate pair, as a cut string leaves it, is no text
             whole = record is None or all(isinstance(record[name], kind) for name, kind in fields.items())
-        except (ValueError, KeyError, TypeError):
+        except (ValueError, KeyError, TypeError, RecursionError):
             whole = False
         if not whole:
             raise ValueError(f"{path}:{number}: found {line[:60]!r}, expected a JSON object with {shown}")
@@ -142,12 +159,14 @@ def read_retrieval(folder: str | Path) -> tuple[dict[str, str], dict[str, str], 
         fields = line.split("\t")
         if not line or (number == 1 and fields[-1] == "score"):  # BEIR's header
             continue
-        if len(fields) != 3 or not fields[2].removeprefix("-").isdecimal():
+        if len(fields) != 3 or len(fields[2]) > 9 or not fields[2].removeprefix("-").isdecimal():
             raise ValueError(f"{path}:{number}: found {line[:60]!r}, expected query id<tab>document id<tab>whole number")
         for id, known, what in ((fields[0], queries, "queries"), (fields[1], documents, "corpus")):
             if id not in known:
                 raise ValueError(f"{path}:{number}: {id!r} is no _id of {what}.jsonl, expected one that stands there")
-        qrels.setdefault(fields[0], {})[fields[1]] = int(fields[2])
+        if fields[1] in qrels.setdefault(fields[0], {}):
+            raise ValueError(f"{path}:{number}: {fields[0]!r} and {fields[1]!r} were judged before, expected each pair once")
+        qrels[fields[0]][fields[1]] = int(fields[2])
     if not qrels:
         raise ValueError(f"{path}: no judgement in it, expected query id<tab>document id<tab>relevance")
     return documents, queries, qrels
@@ -266,7 +285,7 @@ def score_pairs(
     rows = sample(len(data[0]), limit)
     gold, first, second = data[0][rows], [data[1][i] for i in rows], [data[2][i] for i in rows]
     cosines, times = cosine_scores(l2v, first, second, batch_size, instruction), Counter(first + second)
-    _, groups = np.unique([a if times[a] >= times[b] else b for a, b in zip(first, second, strict=True)], return_inverse=True)
+    groups = numbered([a if times[a] >= times[b] else b for a, b in zip(first, second, strict=True)])
     formula = {"spearman": spearman, "average_precision": average_precision}[metric]
     return {metric: Score(lambda rows: 100 * formula(gold[rows], cosines[rows]), groups)}
 
@@ -277,9 +296,8 @@ def score_classification(l2v: LLM2Vec, data, limit: int | None, instruction: str
     for part in data:
         rows = sample(len(part["texts"]), limit)
         vectors.append(embed(l2v, [part["texts"][i] for i in rows], instruction, batch_size))
-        labels.append(np.array(part["labels"])[rows])
-    _, classes = np.unique(np.concatenate(labels), return_inverse=True)
-    train, gold = np.split(classes, [len(labels[0])])
+        labels.append([part["labels"][i] for i in rows])
+    train, gold = np.split(numbered(labels[0] + labels[1]), [len(labels[0])])
     predicted = logistic_regression(vectors[0], train, vectors[1], l2v.device)
     return {
         "accuracy": mean_score(gold == predicted),
@@ -291,21 +309,22 @@ def score_clustering(l2v: LLM2Vec, data, limit: int | None, instruction: str | N
     """V-measure of k-means with as many clusters as there are labels, the mean over ten seeds."""
     rows = sample(len(data["texts"]), limit)
     x = torch.from_numpy(embed(l2v, [data["texts"][i] for i in rows], instruction, batch_size))
-    names, gold = np.unique(np.array(data["labels"])[rows], return_inverse=True)
-    found = [kmeans(x, len(names), torch.Generator().manual_seed(seed)).numpy() for seed in range(10)]
+    gold = numbered([data["labels"][i] for i in rows])
+    found = [kmeans(x, int(gold.max()) + 1, torch.Generator().manual_seed(seed)).numpy() for seed in range(10)]
     return {"v_measure": Score(lambda r: 100 * float(np.mean([v_measure(gold[r], c[r]) for c in found])), np.arange(len(gold)))}
 
 
 def score_retrieval(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
     """nDCG@10 and recall@100 by cosine over the whole corpus, for every judged query (`limit` of them). Documents get no
-    instruction; equal scores rank by document id, the last first, as in trec_eval."""
+    instruction; cosines equal to six digits rank by document id, the last first, as in trec_eval: a product of a matrix
+    may differ in the seventh between equal rows."""
     documents, queries, qrels = data
     ids = sorted(documents, reverse=True)
     judged = [list(qrels)[i] for i in sample(len(qrels), limit)]
     vectors = embed(l2v, [documents[id] for id in ids], None, batch_size)
     values: dict[str, list[float]] = {"ndcg_at_10": [], "recall_at_100": []}
     for id, query in zip(judged, embed(l2v, [queries[id] for id in judged], instruction, batch_size), strict=True):
-        order = np.argsort(-(vectors @ query), kind="stable")[:100]
+        order = np.argsort(-(vectors @ query).round(6), kind="stable")[:100]
         gains, known = np.array([qrels[id].get(ids[i], 0) for i in order]), np.array(list(qrels[id].values()))
         values["ndcg_at_10"].append(ndcg(gains, known, 10))
         values["recall_at_100"].append(recall(gains, known, 100))
@@ -320,6 +339,6 @@ def score_reranking(l2v: LLM2Vec, data, limit: int | None, instruction: str | No
     values, start = [], 0
     for query, (_, a, b) in zip(queries, data, strict=True):
         stop = start + len(a) + len(b)
-        values.append(average_precision(np.arange(stop - start) < len(a), vectors[start:stop] @ query))
+        values.append(average_precision(np.arange(stop - start) < len(a), (vectors[start:stop] @ query).round(6)))
         start = stop
     return {"map": mean_score(np.array(values))}

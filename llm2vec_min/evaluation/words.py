@@ -30,15 +30,17 @@ def read_words(path: str | Path) -> list[Sentence]:
     Raises:
         ValueError: a line of another form (file and line number), or no sentence at all.
     """
-    universal = ".conllu" in Path(path).suffixes
+    universal = ".conllu" in (suffix.lower() for suffix in Path(path).suffixes)
     sentences: list[Sentence] = [([], [])]
     for number, line in numbered_lines(path):
-        fields = line.split("\t" if "\t" in line else None)
+        fields = line.split("\t") if "\t" in line else [field for field in line.split(" ") if field]
         if not line or line.startswith("-DOCSTART-"):
             if sentences[-1][0]:
                 sentences.append(([], []))
         elif universal and line.startswith("#"):
             continue
+        elif not universal and "\t" in line and len(fields) == 10 and fields[0].isdecimal():
+            raise ValueError(f"{path}:{number}: found ten columns, a number first: CoNLL-U, whose name must end in .conllu")
         elif len(fields) < (10 if universal else 2):
             shown = "the ten columns of CoNLL-U" if universal else "columns, the word first and its tag last"
             raise ValueError(f"{path}:{number}: found {line[:60]!r}, expected {shown}")

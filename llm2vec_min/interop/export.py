@@ -183,15 +183,27 @@ def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: d
         *[f"- {name}: {value:.2f}" for name, value in scores.items()],
         "",
         "```python",
-        "from sentence_transformers import SentenceTransformer   # needs transformers >= 5.2",
+        "from sentence_transformers import SentenceTransformer  # and transformers >= 5.2",
         "",
         'vectors = SentenceTransformer("this folder").encode(["a text", "another"])',
         "```",
         "",
+        *_warnings(l2v),
         "Method: LLM2Vec (arXiv 2404.05961). Made with llm2vec-min.",
         "",
     ]
     return "\n".join(lines)
+
+
+def _warnings(l2v: LLM2Vec) -> list[str]:
+    """Where the folder gives other vectors without a word, for its card."""
+    direction = "**Do not use it with transformers before 5.2**: they ignore `is_causal` in `config.json`, so attention is causal."
+    servers = (
+        "**Behind a server**, ask the doctor first: one that does not call `encode` of sentence-transformers (infinity 0.0.78) "
+        "knows no prompts and pools the token that begins every text."
+    )
+    wrong = [direction] * (not l2v.causal) + [servers] * _begins_with_bos(l2v)
+    return [line for text in wrong for line in (text, "")]
 
 
 def main(argv: list[str]) -> None:

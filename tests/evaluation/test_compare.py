@@ -71,6 +71,38 @@ def test_paired_test():
     assert scipy.stats.kstest(ps, "uniform").pvalue > 0.01
 
 
+def test_one_row_more_is_no_progress():
+    """Two encoders that are equal on all rows but k: p is not below what an exact sign test of those k says."""
+    rng, rows = np.random.default_rng(0), np.arange(200)
+    for k in (1, 2, 3):
+        before = np.arange(200) < 150
+        after = before | np.isin(rows, rng.choice(np.arange(150, 200), k, replace=False))
+        scores = [compare.resample(sentences.mean_score(x.astype(float)), seed=k) for x in (before, after)]
+        assert compare.paired(*scores)["p"] > 0.5 ** (k + 2), k
+
+
+def test_a_handful_of_rows_has_no_interval():
+    """Nine queries that all gain: neither an interval nor a p; ten have both."""
+    for n in (1, compare.FEWEST - 1, compare.FEWEST):
+        before, after = (compare.resample(sentences.mean_score(x)) for x in (np.full(n, 0.2), np.linspace(0.5, 0.9, n)))
+        shown, step = compare.interval(*after), compare.paired(before, after)
+        assert shown["value"] == pytest.approx(100 * np.linspace(0.5, 0.9, n).mean()) and step["difference"] > 0
+        enough = n == compare.FEWEST
+        assert (shown["low"] is not None) == enough and (step["p"] is not None) == enough
+    models = {name: {"sts:a": {"spearman": (50.0, np.full(9, np.nan))}} for name in "AB"}
+    assert compare.table(compare.report(models)).splitlines()[-1] == "| sts a | spearman | 50.0 | 50.0 |"
+
+
+def test_tasks_of_one_size_are_resampled_independently(tmp_path):
+    for name in "ab":
+        lines = (f"{s + i}\t{a} {i}\t{b} {i}" for i in range(3) for s, a, b in zip(GOLD, FIRST, SECOND, strict=True))
+        (tmp_path / f"{name}.tsv").write_text("\n".join(lines))
+    names = [f"sts:{tmp_path}/{name}.tsv" for name in "ab"]
+    measured = compare.measure(LLM2Vec.from_pretrained("tiny", device="cpu"), compare.read_tasks(names))
+    (value, draws), (other, others) = (measured[name]["spearman"] for name in names)
+    assert value == other and abs(np.corrcoef(draws, others)[0, 1]) < 0.2
+
+
 def test_undefined():
     constant = sentences.Score(lambda rows: float("nan"), np.arange(4))
     assert compare.interval(*compare.resample(constant)) == dict.fromkeys(("value", "low", "high"))

@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import tracemalloc
 
 import numpy as np
 import pytest
@@ -242,10 +243,32 @@ def test_command(files, tmp_path, capsys):
     ]  # fmt: skip
     for metrics in out.values():
         for score in metrics.values():
-            assert list(score) == ["value", "low", "high"] and score["low"] <= score["value"] <= score["high"]
+            assert list(score) == ["value", "low", "high"]
+            assert score["low"] is None or score["low"] <= score["value"] <= score["high"]
+    with_interval = [task.split(":")[0] for task, m in out.items() if next(iter(m.values()))["low"] is not None]
+    assert with_interval == ["classification", "clustering"], "the other files have fewer than ten independent rows"
     shown = capsys.readouterr().out
-    assert "| sts sts | spearman | " in shown and f"{out[tasks[0]]['spearman']['value']:.1f} [" in shown
+    assert f"| sts sts | spearman | {out[tasks[0]]['spearman']['value']:.1f} |" in shown
+    assert f"{out[tasks[2]]['accuracy']['value']:.1f} [" in shown
     assert "retrieval" in shown
+
+
+def test_one_long_text_costs_its_own_length_only(l2v):
+    """An array of texts would give every row the room of the longest: 2,000 x 400 kB."""
+    texts = ["x" * 100_000, *(f"text {i}" for i in range(1_999))]
+    tracemalloc.start()
+    groups = sentences.numbered(texts)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert len(set(groups)) == 2_000 and peak < 10e6
+    assert list(sentences.numbered(["b", "a", "b"])) == [1, 0, 1]
+
+
+def test_equal_documents_rank_by_their_id(l2v):
+    """However the product of a matrix rounds: of 37 equal documents the one with the last id comes first."""
+    documents, qrels = {f"{i:02}": "a cat sat down" for i in range(37)}, {"q": {"36": 1}}
+    scores = sentences.score_retrieval(l2v, (documents, {"q": "two dogs run"}, qrels), None, None, 32)
+    assert scores["ndcg_at_10"].statistic(np.array([0])) == 100
 
 
 def test_undefined_scores_are_null(tmp_path, capsys):
@@ -267,20 +290,27 @@ BEIR = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": ""}
         ("sts:a", {"a": "1\tb\tc\nnan\tb\tc\n"}, r"a:2: found 'nan\\tb\\tc', expected score<tab>sentence<tab>sentence"),
         ("sts:a", {"a": "1\tb\tc\n\nhigh\tb\tc\n"}, r"a:3: found 'high"),
         ("sts:a", {"a": "1\tb\n1\tb\tc\n"}, r"a:1: found"),
+        ("sts:a", {"a": "1\tid7\tb\tc\n1\tb\tc\n"}, "a:1: found .*expected score<tab>sentence<tab>sentence"),
+        ("sts:a", {"a": "1\tb\tc\n1\t\tc\n"}, "a:2: found"),
         ("sts:a", {"a": ""}, "a: 0 pairs, at least 2"),
         ("sts:a", {}, "a: not a readable text file"),
         ("sts:a.xz", {"a.xz": "plain"}, "a.xz: not a readable text file"),
         ("pairs:a", {"a": "1\tb\tc\n2\tb\tc\n"}, "a:2: found the label '2', expected 1 or 0"),
+        ("pairs:a", {"a": "1\tb\tc\n1\tb\td\n"}, "a: every label is 1, expected pairs with 1 and pairs with 0"),
         ("classification:a,b", {"a": "x\tt\ny\tt\n", "b": "x\tt\nz\tt\n"}, "b:2: found the label 'z'.* expected one of x, y"),
         ("classification:a,b", {"a": "x\tt\ny\tt\n", "b": "x\tt\n"}, "a:2: found the label 'y', which does not occur in .*b"),
         ("classification:a,b", {"a": "x\tt\ny\n", "b": "x\tt\n"}, "a:2: found 'y', expected label<tab>text"),
         ("classification:a", {"a": "x\tt\n"}, "expected two files, TRAIN,TEST"),
         ("clustering:a", {"a": "\n\n"}, "a: no text in it"),
+        ("clustering:a", {"a": "x\tt\nx\tu\n"}, "a: 1 different labels on 2 lines, expected at least 2"),
+        ("clustering:a", {"a": "x\tt\ny\tu\n"}, "a: 2 different labels on 2 lines"),
         ("retrieval:.", {"corpus.jsonl": CORPUS, "qrels.tsv": "q\td\t1"}, "queries.jsonl: not found, expected it plain or"),
         ("retrieval:.", BEIR | {"qrels.tsv": "query-id\tcorpus-id\tscore\nq\td\t1\nq\te\t1\n"},
          "qrels.tsv:3: 'e' is no _id of corpus.jsonl"),
         ("retrieval:.", BEIR | {"qrels.tsv": "p\td\t1\n"}, "qrels.tsv:1: 'p' is no _id of queries"),
         ("retrieval:.", BEIR | {"qrels.tsv": "q\td\thigh\n"}, "qrels.tsv:1: found .*whole number"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t" + "9" * 5000}, "qrels.tsv:1: found .*whole number"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t1\nq\td\t0\n"}, "qrels.tsv:2: 'q' and 'd' were judged before"),
         ("retrieval:.", BEIR | {"qrels.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement"),
         ("retrieval:.", BEIR | {"corpus.jsonl": CORPUS * 2}, "corpus.jsonl:2: the _id 'd' was there"),
         ("retrieval:.", BEIR | {"corpus.jsonl": "\n"}, "corpus.jsonl: no text in it"),
@@ -289,6 +319,7 @@ BEIR = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": ""}
         ("reranking:a", {"a": '{"query": "x", "positive": ["y"]}\n'}, 'a:1: found .* expected a JSON object with "query"'),
         ("retrieval:.", BEIR | {"queries.jsonl": '{"_id": "q", "text": "\\ud83d"}'}, "queries.jsonl:1: found"),
         ("reranking:a", {"a": "[]"}, "a:1: found"),
+        ("reranking:a", {"a": "[" * 200_000}, "a:1: found"),
         ("reranking:a", {"a": ""}, "a: no query in it"),
         ("summarization:a", {}, "KIND one of sts, pairs, classification, clustering, retrieval, reranking, words"),
         ("sts", {}, "expected KIND:PATH"),
@@ -312,6 +343,7 @@ def test_bad_input_before_a_model_is_loaded(tmp_path, monkeypatch, task, content
         (["--limit", "0"], "--limit is 0, expected at least 2"),
         (["--model", "tiny", "--compare", "tiny"], "--model goes alone"),
         (["--json", "nowhere/out.json"], "its folder does not exist"),
+        (["--ladder", "tiny-mntp", "--causal"], "--causal goes without --ladder"),
         (["--ladder", "tiny"], "expected a run's output folder, found a model without adapters"),
         (["--pooling", "median"], "pooling is 'median', expected one of mean"),
     ],

@@ -104,6 +104,18 @@ def test_probe_reads_what_the_state_holds(tmp_path):
         evaluate(l2v, [task], layers=[99])
 
 
+def test_conllu_under_another_name_is_refused(tmp_path):
+    """Its numbers would be read as words, and _ as every tag: a perfect score."""
+    (tmp_path / "a.conll").write_text(UNIVERSAL)
+    with pytest.raises(ValueError, match=r"a.conll:\d+: found ten columns.*CoNLL-U, whose name must end in .conllu"):
+        words.read_words(tmp_path / "a.conll")
+    (tmp_path / "A.CONLLU").write_text(UNIVERSAL)
+    (tmp_path / "b.conllu").write_text(UNIVERSAL)
+    assert words.read_words(tmp_path / "A.CONLLU") == words.read_words(tmp_path / "b.conllu")
+    (tmp_path / "c.conll").write_text("100\u00a0000 B-NUM\n")
+    assert words.read_words(tmp_path / "c.conll") == [(["100\u00a0000"], ["B-NUM"])]
+
+
 def test_no_spans_in_parts_of_speech(tmp_path):
     (tmp_path / "a.conllu").write_text(UNIVERSAL * 3)
     task = f"words:{tmp_path}/a.conllu,{tmp_path}/a.conllu"
