@@ -12,6 +12,7 @@ mistake its name, with each of the usual wrong ones. The exit code is 1 when a c
 from __future__ import annotations
 
 import argparse
+import http.client
 import json
 import sys
 import urllib.request
@@ -34,6 +35,7 @@ TEXTS = [
     "Rain",
     "She bought three apples and a loaf of bread at the market before the shops closed.",
     "Where can I renew my passport?",
+    "Zoë paid 1,250 € for three crêpes 🥞 in Kraków.",
     "Two engineers explained, slowly and with many drawings, why the old bridge over the river had begun to move.",
 ]
 LONG = " ".join(TEXTS * 3)
@@ -59,7 +61,11 @@ def apart(a: np.ndarray, b: np.ndarray) -> float:
 @torch.no_grad()
 def plain_vectors(l2v: LLM2Vec, instruction: str = "") -> dict[tuple[bool, str, str], np.ndarray]:
     """(causal, tokens, pooling) -> (N, C) float64 vectors of TEXTS, for both directions, all poolings, and pooled over the
-    text's "own" tokens, with the "instruction" too, or over "all"."""
+    text's "own" tokens, with the "instruction" too, or over "all".
+
+    Raises:
+        ValueError: the instruction leaves no room for a text within max_length.
+    """
     prefix, suffix = l2v.template
     head = prefix + (instruction + " " if instruction else "")
     vectors: dict[tuple[bool, str, str], list[np.ndarray]] = {}
@@ -70,11 +76,16 @@ def plain_vectors(l2v: LLM2Vec, instruction: str = "") -> dict[tuple[bool, str, 
         seam, stop = len(head) - head.endswith(" "), len(head) + len(text)  # the space that joins both is the text's
         own = ~inserted & ((ends > seam) | (begins >= seam)) & (begins < stop)
         told = ~inserted & (begins >= len(prefix) - prefix.endswith(" ")) & (begins < stop)
-        ids = torch.tensor([encoding.ids], device=l2v.device)
+        kept, surplus = np.ones_like(own), max(0, len(own) - l2v.max_length)
+        if surplus >= own.sum():
+            raise ValueError(f"max_length {l2v.max_length} leaves no room for it")
+        kept[np.flatnonzero(own)[own.sum() - surplus :]] = False  # a long text loses its end, never what stands around it
+        ids = torch.tensor([encoding.ids], device=l2v.device)[:, torch.from_numpy(kept)]
         for causal in (False, True):
             hidden = l2v.decoder(ids, causal=causal)[0].double().cpu().numpy()
             for tokens, mask in (("own", own), ("instruction", told), ("all", np.ones_like(own))):
-                rows, n = hidden[mask], np.arange(1, mask.sum() + 1)
+                rows = hidden[mask[kept]]
+                n = np.arange(1, len(rows) + 1)
                 pooled = rows.mean(0), n @ rows / n.sum(), rows[-1], rows[0], rows.max(0)
                 for mode, vector in zip(POOLING_MODES, pooled, strict=True):
                     vectors.setdefault((causal, tokens, mode), []).append(vector)
@@ -125,7 +136,11 @@ def check_vectors(encode: Encode, together: np.ndarray, l2v: LLM2Vec, tolerance:
 
     if instruction is None:
         return [*checks, Check("instruction", None, "no instruction can be given")]
-    plain, told = plain_vectors(l2v, instruction), encode(TEXTS, instruction)
+    try:
+        plain = plain_vectors(l2v, instruction)
+    except ValueError as error:
+        return [*checks, Check("instruction", None, str(error))]
+    told = encode(TEXTS, instruction)
     distance, pooled, none = (
         apart(told, rows) for rows in (plain[right], plain[l2v.causal, "instruction", l2v.pooling], together)
     )
@@ -148,20 +163,24 @@ def check_length(encode: Encode, l2v: LLM2Vec) -> Check:
         return max(len(row.ids) for row in l2v.tokenizer.encode(texts(n), prefix=prefix, suffix=suffix))
 
     def seen(n: int, encode: Encode = encode) -> bool:
-        return not np.array_equal(*(encode([text]) for text in texts(n)))
+        """The last word moves the vector by more than encoding the same text twice does."""
+        one, other, again = (encode([text]) for text in (*texts(n), texts(n)[0]))
+        return apart(one, other) > 3 * apart(one, again)
 
-    n = most
-    while n > 0 and tokens(n) > most:
-        n = max(0, n - (tokens(n) - most))
+    def last(holds: Callable[[int], bool], low: int, high: int) -> int:
+        """The largest number for which it holds: at `low` it does, at `high` it does not."""
+        while high - low > 1:
+            middle = (low + high) // 2
+            low, high = (middle, high) if holds(middle) else (low, middle)
+        return low
+
+    n = last(lambda n: tokens(n) <= most, 0, most + 1)
     if not seen(n, l2v.encode):
         return Check("length", None, f"with {l2v.pooling} pooling the last word does not show")
     if seen(n):
         return Check("length", True, f"read to token {tokens(n)}; settings cut at {l2v.max_length}, without a warning")
-    low, high = 0, n  # the last word is seen after `low` words, not after `high`
-    while high - low > 1:
-        middle = (low + high) // 2
-        low, high = (middle, high) if seen(middle) else (low, middle)
-    return Check("length", False, f"texts are cut after about {tokens(low)} tokens, the settings say {l2v.max_length}")
+    cut = tokens(last(seen, 0, n))
+    return Check("length", False, f"texts are cut after about {cut} tokens, the settings say {l2v.max_length}")
 
 
 def check_files(folder: Path) -> list[Check]:
@@ -200,15 +219,16 @@ def examine(encode: Encode, l2v: LLM2Vec, *, tolerance: float = 1e-4, instructio
 # ---- Encoders seen from outside ----
 
 
-def through_sentence_transformers(folder: Path, device: str | torch.device) -> tuple[Encode, str | None]:
-    """An export opened by that library, and an instruction that the export knows (None if it has none)."""
+def through_sentence_transformers(folder: Path, l2v: LLM2Vec) -> tuple[Encode, str | None]:
+    """An export opened by that library, in `l2v`'s dtype, and an instruction that the export knows (None if it has none)."""
     try:
         from sentence_transformers import SentenceTransformer
     except ImportError:
         raise ValueError("--with sentence-transformers: it is not installed: pip install sentence-transformers") from None
     if not (folder / "modules.json").is_file():
         raise ValueError(f"--with sentence-transformers: {folder} is no export, make one: python -m llm2vec_min.interop.export")
-    model = SentenceTransformer(str(folder), device=str(device), local_files_only=True, model_kwargs={"use_safetensors": True})
+    options = {"use_safetensors": True, "torch_dtype": l2v.decoder.norm.weight.dtype}
+    model = SentenceTransformer(str(folder), device=str(l2v.device), local_files_only=True, model_kwargs=options)
     prompts = [prompt for prompt in model.prompts.values() if prompt.strip(MARK)]
 
     def encode(texts: list[str], instruction: str | None = None) -> np.ndarray:
@@ -231,7 +251,7 @@ def over_http(url: str, model: str) -> Encode:
         try:
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return json.load(answer)
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise ValueError(f"--url {address}: no usable answer ({error})") from None
 
     if not url.startswith(("http://", "https://")) or not url.endswith("/embeddings"):
@@ -269,11 +289,11 @@ def main(argv: list[str]) -> None:
         return l2v.encode(texts, instruction, batch_size=len(texts))
 
     if args.library:
-        encode, instruction = through_sentence_transformers(folder, l2v.device)
+        encode, instruction = through_sentence_transformers(folder, l2v)
     elif args.url:
         encode, instruction = over_http(args.url, args.model), None
     half = l2v.decoder.norm.weight.dtype != torch.float32
-    tolerance = args.tolerance or (0.05 if half else 1e-4)
+    tolerance = (0.05 if half else 1e-4) if args.tolerance is None else args.tolerance
     checks = [*check_files(folder), *examine(encode, l2v, tolerance=tolerance, instruction=instruction)]
     for check in checks:
         verdict = {True: "passed", False: "FAILED", None: "not seen"}[check.passed]

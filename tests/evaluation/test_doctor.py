@@ -103,6 +103,21 @@ def words_cut(l2v):
     return lambda texts, instruction=None: as_encode(l2v)([" ".join(text.split()[:200]) for text in texts], instruction)
 
 
+def cut_and_noisy(l2v):
+    """A server's rounding differs from call to call: that is not the last word."""
+    rng = np.random.default_rng(0)
+
+    def encode(texts, instruction=None):
+        vectors = words_cut(l2v)(texts, instruction)
+        return vectors * (1 + 1e-6 * rng.standard_normal(vectors.shape)).astype(np.float32)
+
+    return encode
+
+
+def ascii_only(l2v):
+    return lambda texts, instruction=None: as_encode(l2v)([t.encode("ascii", "ignore").decode() for t in texts], instruction)
+
+
 BROKEN = {
     "causal": (
         lambda l2v: as_encode(l2v, causal=True),
@@ -126,10 +141,12 @@ BROKEN = {
     "other size": (
         lambda l2v: lambda texts, instruction=None: as_encode(l2v)(texts)[:, :9],
         "numbers",
-        "vectors of shape (6, 9)",
+        "vectors of shape (7, 9)",
     ),
     "other weights": (other_weights, "agreement", "with the plain computation"),
     "cut": (words_cut, "length", "texts are cut after about 2"),
+    "cut, with noise": (cut_and_noisy, "length", "texts are cut after about 2"),
+    "characters lost": (ascii_only, "agreement", "with the plain computation"),
 }
 ALONE = ("causal", "max pooling", "instruction pooled", "instruction lost", "cut")  # nothing else is wrong with them
 
@@ -161,6 +178,23 @@ def test_sound(tmp_path, kind, pooling):
     assert unseen == ({"length"} if (kind, pooling) == ("mistral", "first") else set())
 
 
+@pytest.mark.parametrize("max_length", [8, 16, 24, 32, 41])
+def test_sound_where_texts_are_cut(max_length):
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu", max_length=max_length)
+    checks = doctor.examine(as_encode(l2v), l2v)
+    assert not failed(checks), checks
+    unseen = {check.name for check in checks if check.passed is None}
+    assert unseen == ({"instruction"} if max_length == 8 else set())
+
+
+def test_a_word_of_several_tokens_does_not_hide_a_cut(monkeypatch, l2v):
+    """Where " the" is three tokens, the length check still tries a text of nearly max_length."""
+    encode = l2v.tokenizer.encode
+    monkeypatch.setattr(l2v.tokenizer, "encode", lambda texts, **more: encode([t.replace("the", "qxj") for t in texts], **more))
+    checks = doctor.examine(as_encode(l2v), l2v)
+    assert int(next(c.detail for c in checks if c.name == "length").split()[3].strip(";")) > 500
+
+
 @pytest.mark.parametrize("model", ["tiny", "tiny-llm2vec", "tiny-causal-simcse"])
 def test_command(model, capsys):
     doctor.main(["--model", model, "--device", "cpu"])
@@ -176,6 +210,14 @@ def exported(l2v, tmp_path_factory):
     folder = tmp_path_factory.mktemp("doctor") / "export"
     export_model(l2v, folder, prompts={"query": doctor.INSTRUCTION})
     return folder
+
+
+def test_an_export_in_bfloat16_is_sound(l2v, tmp_path, capsys):
+    """Opened in the dtype that is looked at: float32 on a CPU, whatever the file holds."""
+    export_model(l2v, tmp_path / "x", dtype="bfloat16")
+    for flags in ([], ["--dtype", "bfloat16"]):
+        doctor.main(["--model", str(tmp_path / "x"), "--with", "sentence-transformers", "--device", "cpu", *flags])
+        assert "FAILED" not in capsys.readouterr().out
 
 
 def test_through_sentence_transformers(exported, tmp_path, capsys):
@@ -257,6 +299,7 @@ def test_mistakes(model_folder, serve):
         (["--with", "sentence-transformers"], "is no export, make one"),
         (["--url", "ftp://x/embeddings"], "expected http://HOST:PORT"),
         (["--url", "http://127.0.0.1:9/v1/embeddings"], "no usable answer"),
+        (["--url", "http://127.0.0.1:PORT/v1/embeddings"], "no usable answer"),  # as --help writes it
         (["--url", serve(None)], r"expected data: \[{index, embedding}"),
         (["--url", "http://x/embeddings", "--with", "sentence-transformers"], "give one of them"),
     ):
