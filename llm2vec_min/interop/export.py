@@ -22,6 +22,7 @@ from ..files import new_folder, read_json, write_json
 # it is followed by a space, and what is left to pool is what `LLM2Vec.encode` pools.
 MARKER = "\x1f"
 PROBES = ("a", "The cat", " two", "1984", "🙂", "_", "\n")
+PLAIN = "plain"  # name of the prompt of a text without an instruction
 POOLING_NAMES = {"mean": "mean", "max": "max", "last": "lasttoken", "first": "cls", "weighted_mean": "weightedmean"}
 
 
@@ -48,8 +49,10 @@ def export_model(
     Raises:
         ValueError: the folder exists, or sentence-transformers could not give the same vectors, and why.
     """
-    # both, or sentence-transformers makes up an empty one without the marker
-    prompts = {"query": "", "document": "", **(prompts or {})}
+    if PLAIN in (prompts or {}):
+        raise ValueError(f"the prompt name {PLAIN!r} stands for a text without an instruction, take another")
+    # query and document, or sentence-transformers makes up empty ones without the marker
+    prompts = {PLAIN: "", "query": "", "document": "", **(prompts or {})}
     if sentence_transformers:
         _refuse_unequal(l2v, prompts)
     l2v.check_place(output, overwrite)
@@ -148,7 +151,7 @@ def _write_sentence_transformers(l2v: LLM2Vec, folder: Path, prompts: dict[str, 
             "prompts": {
                 name: prompt.strip() + MARKER if prompt or _begins_with_bos(l2v) else "" for name, prompt in prompts.items()
             },
-            "default_prompt_name": "document" if _begins_with_bos(l2v) else None,
+            "default_prompt_name": PLAIN if _begins_with_bos(l2v) else None,
             "similarity_fn_name": "cosine",
         },
     )

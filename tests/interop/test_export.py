@@ -56,6 +56,7 @@ def test_queries_and_documents_with_and_without_prompts(tmp_path, kind, prompts)
     short = ["a", "Why?", "two words"]
     for encode, name in ((theirs.encode_query, "query"), (theirs.encode_document, "document")):
         np.testing.assert_allclose(encode(short), l2v.encode(short, (prompts or {}).get(name)), **TOLERANCE)
+    np.testing.assert_allclose(theirs.encode(short), l2v.encode(short), **TOLERANCE)
 
 
 @pytest.mark.parametrize("variant", ["llama", "mistral", "mistral-window", "qwen2", "llama-llama3-rope", "llama-tied"])
@@ -105,6 +106,7 @@ def test_shards_bfloat16_and_card(tmp_path):
     assert cosines.min() > 0.999
     card = (tmp_path / "out" / "README.md").read_text()
     assert card.startswith("---\nlibrary_name") and "bidirectional" in card and "STS-B dev: 71.50" in card
+    assert "Do not use it with transformers before 5.2" in card and "Behind a server" in card
 
 
 @pytest.mark.parametrize(
@@ -153,6 +155,8 @@ def test_command(tmp_path, capsys):
     make(tmp_path)
     main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "out"), "--prompt", f"query={INSTRUCTION}"])
     prompts = json.loads((tmp_path / "out" / "config_sentence_transformers.json").read_text())["prompts"]
-    assert prompts == {"query": INSTRUCTION + "\x1f", "document": "\x1f"}
+    assert prompts == {"plain": "\x1f", "query": INSTRUCTION + "\x1f", "document": "\x1f"}
     with pytest.raises(ValueError, match="expected NAME=INSTRUCTION"):
         main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", "query"])
+    with pytest.raises(ValueError, match="'plain' stands for a text without an instruction"):
+        main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", "plain=Find:"])
