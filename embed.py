@@ -10,9 +10,8 @@ The same command continues a killed run where it stopped.
 import argparse
 import itertools
 import os
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager, nullcontext
+from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
@@ -22,7 +21,7 @@ from llm2vec_min.cli import add_model_flags, run
 from llm2vec_min.data import iter_lines
 from llm2vec_min.device import barrier, rank, start_process, stop_process, world_size
 from llm2vec_min.encoder import LLM2Vec
-from llm2vec_min.files import put, read_json, write_json
+from llm2vec_min.files import locked, put, read_json, write_json
 from llm2vec_min.pooling import POOLING_MODES
 
 CHUNK = 64  # batches (of 128 texts, if not said) tokenized, sorted by length and written at a time: memory stays flat
@@ -76,6 +75,7 @@ def start_part(args: argparse.Namespace, made_from: dict) -> None:
             raise ValueError(f"{part} is a run that was stopped, with other arguments ({found}); delete {header} to start anew")
         return
     try:
+        header.unlink(missing_ok=True)  # first: of a run that was killed between its last two steps, without its vectors
         np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=tuple(made_from["shape"])).flush()
         if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash in the middle
             with open(part, "rb+") as file:
@@ -85,30 +85,6 @@ def start_part(args: argparse.Namespace, made_from: dict) -> None:
     except OSError as error:
         part.unlink(missing_ok=True)
         raise ValueError(f"--output {args.output}: cannot be written ({error})") from None
-
-
-@contextmanager
-def locked(output: Path) -> Iterator[None]:
-    """Keeps a second command off the same output while this one lives; the system drops the lock with the process."""
-    path = output.with_name(output.name + ".lock")
-    try:
-        import fcntl
-
-        file = open(path, "w")
-    except ImportError:  # Windows
-        yield
-        return
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error})") from None
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError:
-        raise ValueError(f"--output {output}: another command is writing it now") from None
-    try:
-        yield
-    finally:
-        path.unlink(missing_ok=True)
-        file.close()
 
 
 def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:

@@ -9,6 +9,7 @@ python train.py --stage mntp --model sheared-llama-1.3b --output runs/sheared-mn
 """
 
 import argparse
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -18,10 +19,10 @@ import torch
 from llm2vec_min.cli import run
 from llm2vec_min.config import PRESETS, ModelConfig
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
-from llm2vec_min.device import barrier, pick_dtype, rank, start_process, stop_process, use_deterministic
+from llm2vec_min.device import barrier, pick_dtype, rank, start_process, stop_process, use_deterministic, world_size
 from llm2vec_min.encoder import LLM2Vec
 from llm2vec_min.evaluation import sts_score
-from llm2vec_min.files import read_json, write_json
+from llm2vec_min.files import locked, read_json, write_json
 from llm2vec_min.hub import find_preset, resolve_data
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import LanguageModel, compile_layers, init_weights
@@ -70,6 +71,7 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, argum
     )
     torch.manual_seed(args.seed)
     model = LanguageModel(config).to(device)
+    model.model.gradient_checkpointing = args.gradient_checkpointing
     init_weights(model)
     evaluate = None
     if args.eval:
@@ -116,6 +118,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     )
     if args.preset:
         l2v.preset, l2v.template = args.preset, PRESETS[args.preset].template
+    l2v.max_length = max(l2v.max_length, args.max_length)  # what it learns to read, it is to read in use
     spare = TemporaryDirectory()  # which lives as long as this function
     l2v.keep_adapters(spare.name)
     arguments["encoder"] = l2v.fingerprint()
@@ -183,22 +186,28 @@ def main(argv: list[str]) -> None:
     args.dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.data = args.data or default_data(args.stage, find_preset(args.preset or args.model))
     arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}
+    arguments["processes"] = world_size()  # each has noise of its own
     work = plan_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
     if args.resume and is_finished(work):
-        print(f"{work} is finished, nothing is left to do")
+        if rank() == 0:
+            finish_output(work, args.output)  # a run that was to replace another may have been killed just before it did
+            print(f"{args.output} is finished, nothing is left to do")
+        stop_process()
         return
     if rank() == 0:
         print(in_force(args, parser))
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     arguments |= {"files": args.data} | identify(args.data + ([args.eval] if args.eval else []))
-    if args.resume:  # the data's content, too
-        plan_output(args.output, arguments, resume=True)
     try:
-        (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
-        barrier()
-        if rank() == 0:
-            finish_output(work, args.output)
-            print(f"saved to {args.output}")
+        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with locked(args.output) if rank() == 0 else nullcontext():
+            if rank() == 0:  # once more: now with the data's content, and another command may have ended meanwhile
+                plan_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
+            (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
+            barrier()
+            if rank() == 0:
+                finish_output(work, args.output)
+                print(f"saved to {args.output}")
     except RuntimeError as error:
         if args.stage == "pretrain" or not memory.is_out_of_memory(error):
             raise

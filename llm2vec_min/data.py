@@ -78,8 +78,8 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
 
 
 def iter_lines(path: str | Path, keep_empty: bool = False, report: bool = False) -> Iterator[str]:
-    """The lines of a .txt or .jsonl file (field "text"), plain or compressed (.gz, .xz), or of a .parquet file's column
-    "text", stripped, empty ones left out.
+    """The lines of a .txt or .jsonl file (or .json: on each line a string, or an object with "text"), plain or compressed
+    (.gz, .xz), or of a .parquet file's column "text", stripped, empty ones left out.
 
     Raises:
         ValueError: not a readable file of that kind; names the file and the line.
@@ -90,7 +90,7 @@ def iter_lines(path: str | Path, keep_empty: bool = False, report: bool = False)
         yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
         return
     for number, line in numbered_lines(path, report):
-        if ".jsonl" in suffixes and line:
+        if {".jsonl", ".json"} & set(suffixes) and line:
             line = _text_of(line, f"{path}:{number}").strip()
         if keep_empty or line:
             yield line

@@ -4,6 +4,7 @@ them; without it, one process alone)."""
 from __future__ import annotations
 
 import os
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -69,7 +70,8 @@ def start_process(device: str | None) -> torch.device:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if not dist.is_initialized():
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo")
+        # those that are done wait for the last one, in embed.py for as long as a chunk takes; if it dies, torchrun ends all
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(days=1))
     return picked
 
 

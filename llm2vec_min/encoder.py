@@ -6,6 +6,7 @@ import hashlib
 import json
 import shutil
 import threading
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -77,10 +78,11 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     """
     if str(name) in above:
         raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
-    preset = find_preset(name)
-    if preset is not None and preset.adapters:
+    preset, local = find_preset(name), Path(name).expanduser().is_dir() and str(name) not in PRESETS
+    if preset is not None and preset.adapters and not local:
         base, chain, settings = find_chain(preset.model, (*above, str(name)))
-        folders = [resolve(adapter) for adapter in preset.adapters]
+        last = preset.adapters[-1] if str(name) in PRESETS else name  # a hub id may name a revision
+        folders = [*map(resolve, preset.adapters[:-1]), resolve(last)]
         return base, chain + folders, settings | read_settings(folders[-1])
     folder = resolve(name)
     settings = read_settings(folder)
@@ -101,8 +103,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         except ValueError as error:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: its base model: {error}") from None
         return base, [*chain, folder], before | settings
-    known = str(name) in PRESETS or not Path(name).is_dir()
-    return str(name) if known else str(folder.resolve()), [], settings
+    return str(folder.resolve()) if local else str(name), [], settings
 
 
 class LLM2Vec(nn.Module):
@@ -169,6 +170,8 @@ class LLM2Vec(nn.Module):
         """
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)
+        if dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
+            warnings.warn("bfloat16 on a CPU that has no instructions for it: float32 is many times faster", stacklevel=2)
         base, chain, settings = find_chain(name)
         for adapter in adapters:
             chain.append(resolve(adapter))
@@ -222,6 +225,10 @@ class LLM2Vec(nn.Module):
             whole = isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[1], str)
             if not whole or not isinstance(item[0] or "", str):
                 raise ValueError(f"expected a text or an [instruction, text] pair, found {item!r}")
+            try:
+                item[1].encode()
+            except UnicodeEncodeError:
+                raise ValueError(f"found a text that is no valid Unicode: {short(item[1])}") from None
         prefix, suffix = self.template
         return self.tokenizer.encode(
             [text for _, text in pairs],
@@ -274,6 +281,7 @@ class LLM2Vec(nn.Module):
         if dim is not None and not 0 < dim <= width:
             raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
+        texts = list(texts)
         encoded = texts if texts and isinstance(texts[0], Encoded) else self.tokenize(texts, instruction)
         lengths = [len(row.ids) for row in encoded]
         batches = []  # (indices, their vectors, on the way to the host)

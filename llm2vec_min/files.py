@@ -99,6 +99,37 @@ def replace_folder(new: Path, output: Path) -> None:
 
 
 @contextmanager
+def locked(output: str | Path) -> Iterator[None]:
+    """Keeps a second command off the same output while this one lives; the system drops the lock with the process.
+
+    Raises:
+        ValueError: another command holds it, or nothing can be written there.
+    """
+    output = Path(output)
+    path = output.with_name(output.name + ".lock")
+    try:
+        import fcntl
+
+        file = open(path, "w")
+    except ImportError:  # Windows
+        yield
+        return
+    except OSError as error:
+        raise ValueError(f"--output {output}: cannot be written ({error})") from None
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        raise ValueError(f"--output {output}: another command is writing it now") from None
+    except OSError:
+        pass  # a file system without locks
+    try:
+        yield
+    finally:
+        path.unlink(missing_ok=True)
+        file.close()
+
+
+@contextmanager
 def new_folder(output: str | Path) -> Iterator[Path]:
     """A folder to fill, which takes `output`'s place (and replaces a folder there) when the block ends well.
 

@@ -49,7 +49,7 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
 def find_preset(name: str | Path) -> Preset | None:
     """The preset of a preset's name, of its hub id (at any revision), or of a run that was trained with one or whose base is
     one of these; without a download."""
-    path = Path(name) / "llm2vec_config.json"
+    path = Path(name).expanduser() / "llm2vec_config.json"
     if path.is_file():
         settings = read_json(path)
         name = settings.get("preset") or settings.get("base_model_name_or_path", name)

@@ -78,7 +78,7 @@ def rotary_tables(config: ModelConfig, T: int, device=None, dtype=torch.float32)
 
 @fused
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turns the pairs (x[i], x[i + D/2]) of every head by their position's angles; (B, heads, T, D) -> the same.
+    """Turns the pairs (x[i], x[i + D/2]) of every head by their position's angles; (B, T, heads, D) -> the same, tables (T, 1, D).
 
     A pair (a, b) becomes (a cos - b sin, b cos + a sin): each half times cos, plus the other half times -sin or sin.
     """
@@ -131,7 +131,7 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         return F.dropout(x, probability)
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
-    kept = draws >= round(probability * 65536) - 32768
+    kept = draws >= min(round(probability * 65536), 65535) - 32768
     return x * torch.where(kept, x.new_tensor(1 / (1 - probability)), 0)
 
 

@@ -1,5 +1,6 @@
 """The two commands, on a tiny model: the chain, its files, and one clear line for every mistake."""
 
+import errno
 import fcntl
 import json
 import os
@@ -29,7 +30,8 @@ QUICK = ["--steps", "3", "--batch-size", "4", "--device", "cpu"]
 def files(tmp_path_factory):
     folder = tmp_path_factory.mktemp("files")
     (folder / "text.txt").write_text("\n".join(TEXTS[:6] * 30))
-    pairs = [f"{score}\t{a}\t{b}" for score, (a, b) in enumerate(zip(TEXTS[:4], TEXTS[1:5], strict=True))]
+    sentences = [text.replace("\t", " ") for text in TEXTS]
+    pairs = [f"{score}\t{a}\t{b}" for score, (a, b) in enumerate(zip(sentences[:4], sentences[1:5], strict=True))]
     (folder / "pairs.tsv").write_text("\n".join(pairs))
     return folder
 
@@ -176,11 +178,33 @@ def test_embedding_ends_whole_whenever_it_was_killed(files, runs, tmp_path, monk
     assert [p.name for p in tmp_path.iterdir()] == ["x.npy"]
 
 
-def test_two_commands_on_one_output(files, runs, tmp_path):
+def test_embedding_killed_twice(files, runs, tmp_path, monkeypatch):
+    """First after the vectors were put in place, with all chunks marked as done, then as soon as the new file is there."""
+    argv = ["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")]
+    embed.main(argv)
+    expected = np.load(tmp_path / "x.npy")
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(embed, "put", lambda part, output: part.rename(output) and (_ for _ in ()).throw(KeyboardInterrupt))
+        embed.main(argv)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(os, "posix_fallocate", lambda *arguments: (_ for _ in ()).throw(KeyboardInterrupt))
+        embed.main(argv)
+    embed.main(argv)
+    np.testing.assert_allclose(np.load(tmp_path / "x.npy"), expected, rtol=1e-4, atol=1e-5)
+
+
+def test_two_commands_on_one_output(files, runs, model_folder, tmp_path, monkeypatch):
+    with open(tmp_path / "run.lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(ValueError, match="run: another command is writing it now"):
+            train.main(flags_of(files, model_folder, tmp_path / "run"))
+    assert not (tmp_path / "run").exists()
     with open(tmp_path / "x.npy.lock", "w") as held:
         fcntl.flock(held, fcntl.LOCK_EX)
         with pytest.raises(ValueError, match="x.npy: another command is writing it now"):
             embed.main(["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")])
+    monkeypatch.setattr(fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks here")))
+    embed.main(["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")])
 
 
 def test_a_file_that_shrinks_is_an_error_not_zeros(files, runs, tmp_path, monkeypatch):
@@ -227,6 +251,9 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--stpes", "3"], "unrecognized arguments: --stpes 3"),
         (["--steps", "many"], "invalid int value: 'many'"),
         (["--steps", "0"], "--steps is 0, expected a number above 0"),
+        (["--max-grad-norm", "inf"], "--max-grad-norm is inf, expected a finite number"),
+        (["--weight-decay", "nan"], "--weight-decay is nan, expected a finite number"),
+        (["--stage", "pretrain", "--dry-run"], "--dry-run plans the stages that train an adapter"),
         (["--lora-dropout", "1.5"], r"--lora-dropout is 1.5, expected a number in \[0, 1\)"),
         (["--pooling", "cls"], "invalid choice: 'cls'"),
         (["--mask-style", "span"], "invalid choice: 'span'"),
@@ -237,7 +264,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--max-length", "1500"], "every 20th line of --data, held out, has .* tokens, at least one block of 1500"),
         (["--stage", "simcse", "--batch-size", "5000"], "the data has 180 examples, fewer than one batch of 5000"),
         (["--preset", "gpt"], "--preset is 'gpt', expected one of"),
-        (["--output", "{runs}"], "already holds files; --overwrite starts anew"),
+        (["--output", "{runs}"], "already holds a run; --overwrite starts anew"),
         (["--output", "{model}"], "is the --model too; a stage writes into a folder of its own"),
         (["--mask-probability", "1.5"], r"--mask-probability is 1.5, expected a number in \(0, 1\]"),
         (["--adam-beta2", "1.5"], r"--adam-beta2 is 1.5, expected a number in \[0, 1\)"),
@@ -286,8 +313,14 @@ def test_an_overwritten_run_stays_whole_until_the_new_one_has_ended(files, model
     assert json.loads((tmp_path / "run" / "train_args.json").read_text())["lr"] == 1e-3
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     (files / "long.txt").write_text("\n".join(TEXTS[:6] * 400))
-    train.main(["--stage", "pretrain", *flags, "--overwrite", "--data", str(files / "long.txt"), "--vocab-size", "300", "--hidden-size", "16", "--intermediate-size",
-                "32", "--num-hidden-layers", "1"])  # fmt: skip
+    flags[flags.index("--data") + 1] = str(files / "long.txt")
+    pretrain = ["--stage", "pretrain", "--vocab-size", "300", "--hidden-size", "16", "--intermediate-size", "32",
+                "--num-hidden-layers", "1"]  # fmt: skip
+    train.main([*flags, "--overwrite", *pretrain])
+    os.replace(tmp_path / "run", tmp_path / "run.part")  # as a kill just before the last rename leaves it
+    (tmp_path / "run").mkdir()
+    train.main([*flags, "--resume", *pretrain])
+    assert [p.name for p in tmp_path.iterdir()] == ["run"]
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert "adapter_model.safetensors" not in names and "model.safetensors" in names
     assert LLM2Vec.from_pretrained(tmp_path / "run").decoder.config.hidden_size == 16
@@ -372,6 +405,7 @@ def test_dry_run_loads_nothing(model_folder, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())  # no weights beside it
     train.main(["--model", str(tmp_path), "--data", "x", "--dry-run", "--output", str(tmp_path / "run")])
     train.main(["--stage", "simcse", "--model", "tiny-mntp", "--dry-run"])  # a preset that stands on another
+    train.main(["--stage", "simcse", "--model", str(ROOT / "llm2vec_min/assets/tiny/adapters/mntp"), "--dry-run"])  # an adapter alone
     out = capsys.readouterr().out
     assert "parameters" in out and "peak memory" in out and "logits" in out
     assert not (tmp_path / "run").exists()
@@ -439,6 +473,27 @@ def test_other_peoples_folders_stay(files, model_folder, tmp_path):
     for name in ("run.old", "saved", "exported.old", "exported.part"):
         assert (tmp_path / name / "mine").read_text() == "precious"
     assert len(list(tmp_path.iterdir())) == 6, "nothing of ours is left beside"
+
+
+def test_what_a_stage_learns_to_read_is_read_in_use(files, model_folder, tmp_path, monkeypatch):
+    """Longer texts than the model's own 512 tokens; and a run keeps its number of processes, each of which has its noise."""
+    argv = flags_of(files, model_folder, tmp_path / "run")
+    argv[argv.index("--max-length") + 1] = "700"
+    train_interrupted(monkeypatch, argv)
+    with monkeypatch.context() as patch, pytest.raises(ValueError, match="other arguments: processes was 1, is 2"):
+        patch.setattr(train, "world_size", lambda: 2)
+        train.main([*argv, "--resume"])
+    train.main([*argv, "--resume"])
+    assert LLM2Vec.from_pretrained(tmp_path / "run").max_length == 700
+    train.main(flags_of(files, tmp_path / "run", tmp_path / "next"))
+    assert LLM2Vec.from_pretrained(tmp_path / "next").max_length == 700
+
+
+def test_a_preset_of_adapters_does_not_replace_the_runs_own(files, tmp_path):
+    argv = flags_of(files, "tiny", tmp_path / "run")
+    train.main([*argv, "--preset", "tiny-llm2vec"])
+    own = [tmp_path / "run" / "adapter_model.safetensors"]
+    assert [adapter / own[0].name for adapter in LLM2Vec.from_pretrained(tmp_path / "run").adapters] == own
 
 
 def test_resume_knows_the_model_and_every_file(files, model_folder, tmp_path, monkeypatch):

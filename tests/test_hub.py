@@ -10,6 +10,7 @@ from huggingface_hub import errors
 from llm2vec_min import hub
 from llm2vec_min.config import PAPER, PRESETS, Preset
 from llm2vec_min.encoder import find_chain
+from llm2vec_min.encoder import find_chain
 from llm2vec_min.hub import find_preset, resolve
 from llm2vec_min.training.loop import Settings
 
@@ -122,3 +123,22 @@ def test_a_revision_keeps_its_preset():
     assert find_preset("mistralai/Mistral-7B-Instruct-v0.2@main") is PRESETS["mistral-7b"]
     assert find_preset("princeton-nlp/Sheared-LLaMA-1.3B@refs/pr/1") is PRESETS["sheared-llama-1.3b"]
     assert find_preset("nobody/knows@main") is None
+
+
+def test_a_revision_of_the_authors_second_adapter_is_the_one_that_is_fetched(monkeypatch, tmp_path):
+    """Their second adapters stand on the first, which only the preset knows; the revision is the second's."""
+    fetched = []
+    monkeypatch.setattr("llm2vec_min.hub.fetch", lambda repo, revision, *more: fetched.append((repo, revision)) or tmp_path)
+    preset = PRESETS["llm2vec-mistral-unsup-simcse"]
+    find_chain(preset.adapters[-1] + "@abc123")
+    assert fetched == [(preset.model, None), *((name, None) for name in preset.adapters[:-1]), (preset.adapters[-1], "abc123")]
+    fetched.clear()
+    find_chain("llm2vec-mistral-unsup-simcse")
+    assert fetched == [(name, None) for name in (preset.model, *preset.adapters)]
+
+
+def test_a_home_folder_keeps_its_preset(monkeypatch, tmp_path):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "llm2vec_config.json").write_text('{"preset": "mistral-7b"}')
+    assert find_preset("~/run") is PRESETS["mistral-7b"]

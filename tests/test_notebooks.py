@@ -1,7 +1,6 @@
-"""Every notebook runs from top to bottom, in time, and is committed executed."""
+"""Every notebook runs from top to bottom, and is committed executed."""
 
 import re
-import time
 from pathlib import Path
 
 import nbformat
@@ -9,7 +8,7 @@ import pytest
 from nbclient import NotebookClient
 
 NOTEBOOKS = sorted((Path(__file__).parent.parent / "notebooks").glob("*.ipynb"))
-SECONDS, CODE_CELLS, BYTES = 90, 25, 400_000
+SECONDS, CODE_CELLS, BYTES = 600, 25, 400_000  # seconds of a cell, for the slowest machine
 
 
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
@@ -63,11 +62,7 @@ def test_links_lead_to_files(path):
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=lambda path: path.stem)
 def test_runs(path):
     notebook = nbformat.read(path, as_version=4)
-    started = time.monotonic()
-    NotebookClient(
-        notebook, timeout=2 * SECONDS, kernel_name="python3", resources={"metadata": {"path": path.parent}}
-    ).execute()
-    assert time.monotonic() - started < SECONDS
+    NotebookClient(notebook, timeout=SECONDS, kernel_name="python3", resources={"metadata": {"path": path.parent}}).execute()
 
 
 def test_the_series_is_complete():

@@ -90,7 +90,9 @@ def read_clustering(path: str | Path) -> dict[str, list]:
     """`read_labelled`; ValueError also where all labels are equal or all differ: any clustering would be perfect, or none."""
     rows = read_labelled(path)
     if not 1 < (count := len(set(rows["labels"]))) < len(rows["texts"]):
-        raise ValueError(f"{path}: {count} different labels on {len(rows['texts'])} lines, expected at least 2, each more often")
+        raise ValueError(
+            f"{path}: {count} different labels on {len(rows['texts'])} lines, expected at least 2, each more often"
+        )
     return rows
 
 

@@ -200,7 +200,9 @@ def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: d
 
 def _warnings(l2v: LLM2Vec) -> list[str]:
     """Where the folder gives other vectors without a word, for its card."""
-    direction = "**Do not use it with transformers before 5.2**: they ignore `is_causal` in `config.json`, so attention is causal."
+    direction = (
+        "**Do not use it with transformers before 5.2**: they ignore `is_causal` in `config.json`, so attention is causal."
+    )
     servers = (
         "**Behind a server**, ask the doctor first: one that does not call `encode` of sentence-transformers (infinity 0.0.78) "
         "knows no prompts and pools the token that begins every text."

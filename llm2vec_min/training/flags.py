@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 from dataclasses import fields
 from importlib.util import find_spec
@@ -164,6 +165,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for name in ONLY_SUPERVISED:  # whoever gives one expects it to do something
         if args.stage != "supervised" and getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: is for --stage supervised, {args.stage} does not read it")
+    for name, value in vars(args).items():
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
     for name in ("steps", "batch_size", "lora_r", "lora_alpha", "lr", "temperature", "max_grad_norm"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
@@ -184,6 +188,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.stage == "supervised" and not args.data and not default_data(args.stage, find_preset(args.preset or args.model)):
         raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
     if args.stage == "pretrain":
+        if args.dry_run:
+            raise ValueError("--dry-run plans the stages that train an adapter, pretrain is none")
         heads, width = args.num_attention_heads, args.hidden_size
         if heads < 1 or width % (2 * heads):
             raise ValueError(f"--hidden-size is {width}, expected an even number for each of {heads} attention heads")
@@ -191,7 +197,8 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             raise ValueError(
                 f"--num-key-value-heads is {args.num_key_value_heads}, expected a divisor of {heads} attention heads"
             )
-    if Path(args.model).is_dir() and Path(args.output).resolve() == Path(args.model).resolve():
+    model = Path(args.model).expanduser()
+    if model.is_dir() and Path(args.output).resolve() == model.resolve():
         raise ValueError(f"--output {args.output}: is the --model too; a stage writes into a folder of its own")
     if args.max_length < 4:
         raise ValueError(f"--max-length is {args.max_length}, expected at least 4 tokens")

@@ -89,7 +89,7 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
     earlier run stands there, which stays whole until `finish_output` puts the new one in its place.
 
     Raises:
-        ValueError: the output already holds something, or `resume` finds a run with other arguments.
+        ValueError: the output already holds something, or `resume` finds no run there or one with other arguments.
     """
     output = Path(output)
     beside = output.with_name(output.name + ".part")
@@ -97,6 +97,8 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         raise ValueError(f"--output {output}: is a file, expected a folder")
     if resume:
         work = beside if (beside / ARGUMENTS).is_file() else output
+        if not (work / ARGUMENTS).is_file() and is_foreign(work):
+            raise ValueError(f"--resume: {work} holds files, but not a run")
         before = read_json(work / ARGUMENTS) if (work / ARGUMENTS).is_file() else {}
         if changed := [name for name in before if name in arguments and before[name] != arguments[name]]:
             found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
@@ -104,12 +106,27 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         return work
     if output.is_dir() and any(output.iterdir()):
         if not overwrite:
-            state = "files" if is_finished(output) else "an unfinished run; --resume continues it"
-            raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
+            is_run, unfinished = (
+                (output / ARGUMENTS).exists(),
+                "an unfinished run; --resume continues it, --overwrite starts anew",
+            )
+            state = (
+                "files, but not a run"
+                if not is_run
+                else "a run; --overwrite starts anew"
+                if is_finished(output)
+                else unfinished
+            )
+            raise ValueError(f"--output {output}: already holds {state}")
         if not (output / ARGUMENTS).exists():
             raise ValueError(f"--output {output}: holds files, but not a run; --overwrite replaces runs only")
         return beside
     return output
+
+
+def is_foreign(folder: Path) -> bool:
+    """It holds more than what a run that was killed at its very start has left."""
+    return folder.is_dir() and any(path.suffix != ".part" for path in folder.iterdir())
 
 
 def is_finished(work: Path) -> bool:
@@ -124,7 +141,7 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
         ValueError: it cannot be written.
     """
     if work.name.endswith(".part") and work.is_dir():  # what an earlier try to replace a run has left
-        if not (work / ARGUMENTS).is_file() and any(path.suffix != ".part" for path in work.iterdir()):
+        if not (work / ARGUMENTS).is_file() and is_foreign(work):
             raise ValueError(f"--output: {work} is in the way and is no run of ours; move it")
         shutil.rmtree(work, ignore_errors=True)
     try:
@@ -214,7 +231,7 @@ class Loop:
         )
         self.start = self._load_checkpoint() if resume else 0
         distributed.synchronize(list(self.parameters.values()))
-        self.history: list[dict] = []  # what metrics.jsonl holds, for notebooks
+        self.history: list[dict] = []  # what this process adds to metrics.jsonl, for notebooks
 
     def __iter__(self) -> Iterator[int]:
         self.open()

@@ -14,6 +14,7 @@ import torch.distributed as dist
 
 from ..config import ModelConfig
 from ..device import DTYPES, world_size
+from ..files import read_json
 from ..hub import resolve
 from .loop import Settings
 from .mntp import LOGITS_AT_ONCE
@@ -186,7 +187,11 @@ def shape_of_run(
     Raises:
         ValueError: no such model.
     """
-    config = ModelConfig.from_folder(resolve(model, ("config.json",)))
+    wanted = ("config.json", "adapter_config.json")
+    folder = resolve(model, wanted)
+    while not (folder / wanted[0]).is_file() and (folder / wanted[1]).is_file():  # an adapter by itself names its base
+        folder = resolve(str(read_json(folder / wanted[1]).get("base_model_name_or_path")), wanted)
+    config = ModelConfig.from_folder(folder)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
     size = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")].itemsize

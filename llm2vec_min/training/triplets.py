@@ -104,7 +104,7 @@ def read_triplets(
     """
     paths = [Path(path) for path in paths]
     stems = {path: path.name.split(".")[0] for path in paths}
-    sets, equal = {}, 0
+    sets, origins, equal = {}, {}, 0
     for path in paths:
         name = stems[path]
         if path.parent.name == "echo-data":
@@ -112,6 +112,8 @@ def read_triplets(
         elif list(stems.values()).count(name) > 1:
             same = {other for other in paths if (other.parent, stems[other]) == (path.parent, name)}
             name = f"{path.parent.name}/{name if len(same) == 1 else path.name}"
+        if origins.setdefault(name, path) != path and path.parent.name != "echo-data":
+            raise ValueError(f"{origins[name]} and {path} would both be the data set {name}; rename one of the folders")
         triplets, dropped = read_file(path)
         sets.setdefault(name, []).extend(triplets)
         equal += dropped

@@ -29,7 +29,7 @@ def run(script: str, *flags, processes: int = 1) -> subprocess.CompletedProcess:
     """`python script flags`, or the same through torchrun, on the CPU."""
     launch = [sys.executable, "-m", "torch.distributed.run", f"--nproc_per_node={processes}", "--standalone"]
     command = (launch if processes > 1 else [sys.executable]) + [str(ROOT / script), *map(str, flags)]
-    return subprocess.run(command, capture_output=True, text=True, timeout=90)
+    return subprocess.run(command, capture_output=True, text=True, timeout=600)
 
 
 def train_flags(model_folder, tmp_path, stage) -> list:

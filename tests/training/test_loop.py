@@ -227,7 +227,7 @@ def test_output_folder(tmp_path):
     with pytest.raises(ValueError, match="lr was 1, is 2"):
         plan_output(run, {"lr": 2}, resume=True)
     (run / "config.json").write_text("{}")
-    with pytest.raises(ValueError, match="already holds files; --overwrite starts anew"):
+    with pytest.raises(ValueError, match="already holds a run; --overwrite starts anew"):
         plan_output(run, {})
     beside = plan_output(run, {"lr": 2}, overwrite=True)
     assert beside == tmp_path / "run.part"
@@ -244,8 +244,12 @@ def test_output_folder(tmp_path):
     other = tmp_path / "documents"
     other.mkdir()
     (other / "thesis.txt").write_text("mine")
-    with pytest.raises(ValueError, match="holds files, but not a run"):
-        plan_output(other, {}, overwrite=True)
+    for flags in ({}, {"overwrite": True}, {"resume": True}):
+        with pytest.raises(ValueError, match="holds files, but not a run$|replaces runs only"):
+            plan_output(other, {}, **flags)
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "train_args.json.part").touch()  # as a run that was killed at its very start leaves it
+    assert plan_output(tmp_path / "begun", {}, resume=True) == tmp_path / "begun"
     with pytest.raises(ValueError, match="is a file, expected a folder"):
         plan_output(other / "thesis.txt", {})
 
@@ -275,6 +279,11 @@ def test_lines(tmp_path):
     paths = [tmp_path / name for name in ("a.txt", "b.jsonl", "c.txt.gz", "d.txt.xz")]
     assert read_lines(paths) == ["one", "two", "three", "four", "five", "six"]
     assert list(iter_lines(paths[0], keep_empty=True)) == ["one", "", "two"]
+    (tmp_path / "e.json").write_text('{"text": "three"}\n')
+    assert read_lines([tmp_path / "e.json"]) == ["three"]
+    (tmp_path / "e.json").write_text('{\n  "text": "three"\n}\n')
+    with pytest.raises(ValueError, match="e.json:1: expected a JSON string or an object"):
+        read_lines([tmp_path / "e.json"])
     train, held = read_split([paths[0], paths[0], paths[1]], every=2)
     assert (train, held) == (["one", "one", "three"], ["two", "four"])
 

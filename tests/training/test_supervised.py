@@ -285,6 +285,11 @@ def test_files(tmp_path):
     assert [s.name for s in read_triplets([plain, same])[0]] == [f"{tmp_path.name}/a", "more/a"]
     pair = [write(tmp_path / "more" / f"nli.{language}.jsonl", {"query": "q", "positive": "p"}) for language in ("en", "de")]
     assert [s.name for s in read_triplets(pair)[0]] == ["more/nli.en.jsonl", "more/nli.de.jsonl"], "each file is a data set"
+    for folder in ("x", "y"):
+        (tmp_path / folder / "more").mkdir(parents=True)
+    far = [write(tmp_path / folder / "more" / "a.jsonl", {"query": "q", "positive": "p"}) for folder in ("x", "y")]
+    with pytest.raises(ValueError, match="would both be the data set more/a; rename one of the folders"):
+        read_triplets(far)
     deep = tmp_path / "deep.jsonl"
     deep.write_text('{"query":' + "[" * 100_000)
     with pytest.raises(ValueError, match="deep.jsonl:1: is not JSON"):
