@@ -10,7 +10,6 @@ from huggingface_hub import errors
 from llm2vec_min import hub
 from llm2vec_min.config import PAPER, PRESETS, Preset
 from llm2vec_min.encoder import find_chain
-from llm2vec_min.encoder import find_chain
 from llm2vec_min.hub import find_preset, resolve
 from llm2vec_min.training.loop import Settings
 
