@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 
@@ -33,7 +33,7 @@ KINDS: dict[str, tuple[Callable, Callable]] = {
     "words": (words.read_probe, words.score_words),
 }
 RESAMPLES = 1000
-FEWEST = 10  # independent rows for an interval: of fewer a gain in every one happens by chance in more than 1 of 512 cases
+FEWEST = 6  # independent rows for an interval: of five, all move the same way by chance in 2 of 32 cases, more than 5 %
 Measured = dict[str, dict[str, tuple[float, np.ndarray]]]  # task -> metric -> (value, its resamples)
 
 
@@ -121,6 +121,9 @@ def measure(
     layers: list[int] | None = None,
 ) -> Measured:
     """Every metric of `read_tasks`' tasks, with its resamples; arguments as `evaluate`'s."""
+    for layer in layers or []:
+        if not 0 <= layer <= (last := l2v.decoder.config.num_hidden_layers):
+            raise ValueError(f"--layers {layer}: expected 0 (embeddings) to {last}, the last")
     measured: Measured = {}
     for name, (kind, data) in tasks.items():
         more = [layers] if kind == "words" else []
@@ -178,10 +181,11 @@ def mean_row(measured: Measured) -> tuple[float, np.ndarray]:
     return float(np.mean([value for value, _ in firsts])), np.mean([draws for _, draws in firsts], axis=0)
 
 
-def short(task: str) -> str:
-    """A task's name for a table: its kind and its file or folder, without the way there."""
-    kind, _, path = task.partition(":")
-    return f"{kind} {Path(path.split(',')[-1]).name.split('.')[0]}"
+def short(tasks: Iterable[str]) -> dict[str, str]:
+    """Each task's name for a table: its kind and its file or folder, without the way there, unless that is another's too."""
+    parts = {task: task.partition(":") for task in tasks}
+    names = {t: f"{kind} {Path(path.split(',')[-1]).name.split('.')[0]}".strip() for t, (kind, _, path) in parts.items()}
+    return {task: name if list(names.values()).count(name) == 1 else task for task, name in names.items()}
 
 
 def report(models: dict[str, Measured]) -> dict:
@@ -208,6 +212,7 @@ def table(result: dict) -> str:
         if s["p"] is not None and s["p"] < 0.05
     }
     lines = ["| x 100 [95 %] | metric | " + " | ".join(models) + " |", "|---" * (len(models) + 2) + "|"]
+    names = short(result["models"][models[0]])
     for task, metrics in result["models"][models[0]].items():
         for metric in metrics:
             cells = []
@@ -216,7 +221,7 @@ def table(result: dict) -> str:
                 number = "undefined" if s["value"] is None else f"{s['value']:.1f}"
                 number += "" if s["low"] is None else f" [{s['low']:.1f}, {s['high']:.1f}]"
                 cells.append(number + signs.get((model, task, metric), ""))
-            lines.append(f"| {short(task) if ':' in task else task} | {metric} | " + " | ".join(cells) + " |")
+            lines.append(f"| {names[task]} | {metric} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
@@ -234,7 +239,7 @@ def plot(result: dict, path: str | Path) -> None:
         value, low, high = np.array([list(first.values()) for first in firsts], dtype=float).T  # None becomes nan
         bars = {"yerr": [np.maximum(value - low, 0), np.maximum(high - value, 0)], "error_kw": {"lw": 0.8}}
         ax.bar(np.arange(len(tasks)) + (i - (len(models) - 1) / 2) * width, value, width, label=Path(name).name, **bars)
-    ax.set_xticks(range(len(tasks)), [short(t) if ":" in t else t for t in tasks], rotation=30, ha="right", fontsize=8)
+    ax.set_xticks(range(len(tasks)), list(short(tasks).values()), rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("score x 100, 95 % interval")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))
