@@ -150,7 +150,7 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--output {args.output}: is a folder, expected a file")
     if args.input and Path(args.input).exists() and not Path(args.input).is_file():
         raise ValueError(f"--input {args.input}: a pipe, a device or a folder; it is read twice, so it must be a file")
-    device = start_process(args.device)
+    device = start_process(args.device, patience=24)  # whoever is done waits for the last chunk of another
     if rank() == 0 and args.model == "tiny-llm2vec":
         print("the small encoder that ships, tiny-llm2vec; --model RUN takes yours\n")
     count = sum(1 for _ in iter_lines(args.input, keep_empty=True, report=True)) if args.input else 0

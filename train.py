@@ -9,7 +9,7 @@ python train.py --stage mntp --model sheared-llama-1.3b --output runs/sheared-mn
 """
 
 import argparse
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -118,12 +118,12 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     )
     if args.preset:
         l2v.preset, l2v.template = args.preset, PRESETS[args.preset].template
-    l2v.max_length = max(l2v.max_length, args.max_length)  # what it learns to read, it is to read in use
     spare = TemporaryDirectory()  # which lives as long as this function
     l2v.keep_adapters(spare.name)
     arguments["encoder"] = l2v.fingerprint()
     if args.resume:  # by its content, the model must be the one it began with, too
         plan_output(args.output, arguments, resume=True)
+    l2v.max_length = max(l2v.max_length, args.max_length)  # what it learns to read, it is to read in use
     torch.manual_seed(args.seed)
     add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
     l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
@@ -172,48 +172,58 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     check(args, parser)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-    shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
     if args.dry_run:
+        shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
         print(memory.describe(memory.plan_run(*shape)))
         return
     if args.deterministic:
         use_deterministic()
     device = start_process(args.device)
+    try:
+        with suppress(OSError):  # what cannot be written is said later
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        with locked(args.output) if rank() == 0 else nullcontext():
+            run_stage(args, parser, settings, argv, device)
+    finally:
+        stop_process()
+
+
+def run_stage(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, settings: Settings, argv: list[str], device: torch.device
+) -> None:
+    """One stage from its checks to the folder that holds the result."""
     if device.type == "cuda" and args.stage != "pretrain":
         given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FITTED))))
         settings = fit_memory(args, settings, {name for name in FITTED if given[name] is not None}, device)
-        shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
+    shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
     args.dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.data = args.data or default_data(args.stage, find_preset(args.preset or args.model))
     arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}
     arguments["processes"] = world_size()  # each has noise of its own
     work = plan_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
-    if args.resume and is_finished(work):
+    finished = args.resume and is_finished(work)
+    barrier()  # all have planned before one writes
+    if finished:
         if rank() == 0:
             finish_output(work, args.output)  # a run that was to replace another may have been killed just before it did
             print(f"{args.output} is finished, nothing is left to do")
-        stop_process()
         return
     if rank() == 0:
         print(in_force(args, parser))
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     arguments |= {"files": args.data} | identify(args.data + ([args.eval] if args.eval else []))
+    if args.resume:  # the data's content, too
+        plan_output(args.output, arguments, resume=True)
     try:
-        Path(args.output).parent.mkdir(parents=True, exist_ok=True)
-        with locked(args.output) if rank() == 0 else nullcontext():
-            if rank() == 0:  # once more: now with the data's content, and another command may have ended meanwhile
-                plan_output(args.output, arguments, overwrite=args.overwrite, resume=args.resume)
-            (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
-            barrier()
-            if rank() == 0:
-                finish_output(work, args.output)
-                print(f"saved to {args.output}")
+        (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
     except RuntimeError as error:
         if args.stage == "pretrain" or not memory.is_out_of_memory(error):
             raise
         raise ValueError(memory.advise(memory.plan_run(*shape), device)) from None
-    finally:
-        stop_process()
+    barrier()
+    if rank() == 0:
+        finish_output(work, args.output)
+        print(f"saved to {args.output}")
 
 
 if __name__ == "__main__":

@@ -56,9 +56,11 @@ def to_device(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:
     return x.pin_memory().to(device, non_blocking=True) if on_gpu else x.to(device)
 
 
-def start_process(device: str | None) -> torch.device:
+def start_process(device: str | None, patience: float | None = None) -> torch.device:
     """Joins the other processes if `torchrun` started this one, and picks the device: on GPUs, each process its own.
 
+    Args:
+        patience: hours that one waits for another; default: torch's own (10 minutes on GPUs, else 30).
     Raises:
         ValueError: a device that this machine does not have.
     """
@@ -70,8 +72,7 @@ def start_process(device: str | None) -> torch.device:
     if picked.type == "cuda":
         torch.cuda.set_device(picked)
     if not dist.is_initialized():
-        # those that are done wait for the last one, in embed.py for as long as a chunk takes; if it dies, torchrun ends all
-        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=timedelta(days=1))
+        dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=patience and timedelta(hours=patience))
     return picked
 
 

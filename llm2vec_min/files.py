@@ -100,10 +100,11 @@ def replace_folder(new: Path, output: Path) -> None:
 
 @contextmanager
 def locked(output: str | Path) -> Iterator[None]:
-    """Keeps a second command off the same output while this one lives; the system drops the lock with the process.
+    """Keeps a second command off the same output while this one lives; the system drops the lock with the process. Where no
+    lock can be had (Windows, nothing can be written beside the output), there is none.
 
     Raises:
-        ValueError: another command holds it, or nothing can be written there.
+        ValueError: another command holds it.
     """
     output = Path(output)
     path = output.with_name(output.name + ".lock")
@@ -111,11 +112,9 @@ def locked(output: str | Path) -> Iterator[None]:
         import fcntl
 
         file = open(path, "w")
-    except ImportError:  # Windows
+    except (ImportError, OSError):
         yield
         return
-    except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error})") from None
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:

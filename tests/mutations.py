@@ -116,7 +116,7 @@ MUTATIONS = [
     ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "16, args.lora_alpha, args.lora_dropout)", SE),
     ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "args.lora_r, 32.0, args.lora_dropout)", SE),
     ("train.py", "args.lora_r, args.lora_alpha, args.lora_dropout)", "args.lora_r, args.lora_alpha, 0.05)", SE),
-    ("train.py", "gradient_checkpointing = args.gradient_checkpointing", "gradient_checkpointing = False", SE),
+    ("train.py", "l2v.decoder.gradient_checkpointing = args.gradient_checkpointing", "gradient_checkpointing = False", SE),
     ("train.py", "pack_blocks(l2v.tokenizer, train_lines, args.max_length, \"--data\")", "pack_blocks(l2v.tokenizer, train_lines, 16, \"--data\")", SE),
     ("train.py", "pooling=args.pooling,", "", SE),
     ("train.py", "adapters=args.adapter,", "", SE),

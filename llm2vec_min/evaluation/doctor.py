@@ -78,7 +78,7 @@ def plain_vectors(l2v: LLM2Vec, instruction: str = "") -> dict[tuple[bool, str, 
         told = ~inserted & (begins >= len(prefix) - prefix.endswith(" ")) & (begins < stop)
         kept, surplus = np.ones_like(own), max(0, len(own) - l2v.max_length)
         if surplus >= own.sum():
-            raise ValueError(f"max_length {l2v.max_length} leaves no room for it")
+            raise ValueError(f"max_length {l2v.max_length} leaves no room for a text")
         kept[np.flatnonzero(own)[own.sum() - surplus :]] = False  # a long text loses its end, never what stands around it
         ids = torch.tensor([encoding.ids], device=l2v.device)[:, torch.from_numpy(kept)]
         for causal in (False, True):
@@ -165,7 +165,7 @@ def check_length(encode: Encode, l2v: LLM2Vec) -> Check:
     def seen(n: int, encode: Encode = encode) -> bool:
         """The last word moves the vector by more than encoding the same text twice does."""
         one, other, again = (encode([text]) for text in (*texts(n), texts(n)[0]))
-        return apart(one, other) > 3 * apart(one, again)
+        return apart(one, other) > max(1e-6, 3 * apart(one, again))
 
     def last(holds: Callable[[int], bool], low: int, high: int) -> int:
         """The largest number for which it holds: at `low` it does, at `high` it does not."""

@@ -43,7 +43,7 @@ def mean_score(values: np.ndarray) -> Score:
 
 
 def numbered(values: list[str]) -> np.ndarray:
-    """(N,) whole numbers from 0, equal for equal texts, in the texts' order."""
+    """(N,) whole numbers from 0, equal for equal texts, in the order of the sorted texts."""
     numbers = {value: number for number, value in enumerate(sorted(set(values)))}
     return np.array([numbers[value] for value in values])
 
@@ -87,11 +87,11 @@ def read_labelled(path: str | Path) -> dict[str, list]:
 
 
 def read_clustering(path: str | Path) -> dict[str, list]:
-    """`read_labelled`; ValueError also where all labels are equal or all differ: any clustering would be perfect, or none."""
+    """`read_labelled`; ValueError also where all labels are equal or all differ: k-means would be right for any encoder."""
     rows = read_labelled(path)
     if not 1 < (count := len(set(rows["labels"]))) < len(rows["texts"]):
         raise ValueError(
-            f"{path}: {count} different labels on {len(rows['texts'])} lines, expected at least 2, each more often"
+            f"{path}: {count} different labels on {len(rows['texts'])} lines, expected at least 2, fewer than lines"
         )
     return rows
 
@@ -166,9 +166,8 @@ def read_retrieval(folder: str | Path) -> tuple[dict[str, str], dict[str, str], 
         for id, known, what in ((fields[0], queries, "queries"), (fields[1], documents, "corpus")):
             if id not in known:
                 raise ValueError(f"{path}:{number}: {id!r} is no _id of {what}.jsonl, expected one that stands there")
-        if fields[1] in qrels.setdefault(fields[0], {}):
-            raise ValueError(f"{path}:{number}: {fields[0]!r} and {fields[1]!r} were judged before, expected each pair once")
-        qrels[fields[0]][fields[1]] = int(fields[2])
+        if qrels.setdefault(fields[0], {}).setdefault(fields[1], int(fields[2])) != int(fields[2]):
+            raise ValueError(f"{path}:{number}: {fields[0]!r} and {fields[1]!r} were judged otherwise before")
     if not qrels:
         raise ValueError(f"{path}: no judgement in it, expected query id<tab>document id<tab>relevance")
     return documents, queries, qrels
@@ -265,6 +264,12 @@ def embed(l2v: LLM2Vec, texts: list[str], instruction: str | None, batch_size: i
     return vectors[[row[text] for text in texts]]
 
 
+def embed_distinct(l2v: LLM2Vec, texts: list[str], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """Vectors of the distinct texts, (M, C), and each text's row in them, (N,). Equal texts have equal scores only if these
+    are computed once: in a product of a matrix two equal rows may differ in the last digit."""
+    return embed(l2v, sorted(set(texts)), None, batch_size), numbered(texts)
+
+
 def cosine_scores(
     l2v: LLM2Vec, first: list[str], second: list[str], batch_size: int = 32, instruction: str | None = None
 ) -> np.ndarray:
@@ -289,6 +294,8 @@ def score_pairs(
     cosines, times = cosine_scores(l2v, first, second, batch_size, instruction), Counter(first + second)
     groups = numbered([a if times[a] >= times[b] else b for a, b in zip(first, second, strict=True)])
     formula = {"spearman": spearman, "average_precision": average_precision}[metric]
+    if metric == "average_precision" and len(set(gold)) == 1:  # --limit left one label
+        return {metric: Score(lambda rows: float("nan"), groups)}
     return {metric: Score(lambda rows: 100 * formula(gold[rows], cosines[rows]), groups)}
 
 
@@ -310,23 +317,25 @@ def score_classification(l2v: LLM2Vec, data, limit: int | None, instruction: str
 def score_clustering(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
     """V-measure of k-means with as many clusters as there are labels, the mean over ten seeds."""
     rows = sample(len(data["texts"]), limit)
-    x = torch.from_numpy(embed(l2v, [data["texts"][i] for i in rows], instruction, batch_size))
     gold = numbered([data["labels"][i] for i in rows])
-    found = [kmeans(x, int(gold.max()) + 1, torch.Generator().manual_seed(seed)).numpy() for seed in range(10)]
+    k = int(gold.max()) + 1
+    if not 1 < k < len(gold):  # --limit left one label, or each once
+        return {"v_measure": Score(lambda rows: float("nan"), np.arange(len(gold)))}
+    x = torch.from_numpy(embed(l2v, [data["texts"][i] for i in rows], instruction, batch_size))
+    found = [kmeans(x, k, torch.Generator().manual_seed(seed)).numpy() for seed in range(10)]
     return {"v_measure": Score(lambda r: 100 * float(np.mean([v_measure(gold[r], c[r]) for c in found])), np.arange(len(gold)))}
 
 
 def score_retrieval(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
     """nDCG@10 and recall@100 by cosine over the whole corpus, for every judged query (`limit` of them). Documents get no
-    instruction; cosines equal to six digits rank by document id, the last first, as in trec_eval: a product of a matrix
-    may differ in the seventh between equal rows."""
+    instruction; equal scores rank by document id, the last first, as in trec_eval."""
     documents, queries, qrels = data
     ids = sorted(documents, reverse=True)
     judged = [list(qrels)[i] for i in sample(len(qrels), limit)]
-    vectors = embed(l2v, [documents[id] for id in ids], None, batch_size)
+    vectors, rows = embed_distinct(l2v, [documents[id] for id in ids], batch_size)
     values: dict[str, list[float]] = {"ndcg_at_10": [], "recall_at_100": []}
     for id, query in zip(judged, embed(l2v, [queries[id] for id in judged], instruction, batch_size), strict=True):
-        order = np.argsort(-(vectors @ query).round(6), kind="stable")[:100]
+        order = np.argsort(-(vectors @ query)[rows], kind="stable")[:100]
         gains, known = np.array([qrels[id].get(ids[i], 0) for i in order]), np.array(list(qrels[id].values()))
         values["ndcg_at_10"].append(ndcg(gains, known, 10))
         values["recall_at_100"].append(recall(gains, known, 100))
@@ -337,10 +346,11 @@ def score_reranking(l2v: LLM2Vec, data, limit: int | None, instruction: str | No
     """Mean average precision of each query's own candidates by cosine; candidates get no instruction."""
     data = [data[i] for i in sample(len(data), limit)]
     queries = embed(l2v, [query for query, _, _ in data], instruction, batch_size)
-    vectors = embed(l2v, [text for _, a, b in data for text in a + b], None, batch_size)
+    vectors, rows = embed_distinct(l2v, [text for _, a, b in data for text in a + b], batch_size)
     values, start = [], 0
     for query, (_, a, b) in zip(queries, data, strict=True):
         stop = start + len(a) + len(b)
-        values.append(average_precision(np.arange(stop - start) < len(a), (vectors[start:stop] @ query).round(6)))
+        mine, row = np.unique(rows[start:stop], return_inverse=True)
+        values.append(average_precision(np.arange(stop - start) < len(a), (vectors[mine] @ query)[row]))
         start = stop
     return {"map": mean_score(np.array(values))}

@@ -207,7 +207,7 @@ def _warnings(l2v: LLM2Vec) -> list[str]:
         "**Behind a server**, ask the doctor first: one that does not call `encode` of sentence-transformers (infinity 0.0.78) "
         "knows no prompts and pools the token that begins every text."
     )
-    wrong = [direction] * (not l2v.causal) + [servers] * _begins_with_bos(l2v)
+    wrong = [direction] * (not l2v.causal) + [servers] * (_begins_with_bos(l2v) and l2v.pooling != "last")
     return [line for text in wrong for line in (text, "")]
 
 

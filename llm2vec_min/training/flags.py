@@ -97,7 +97,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--schedule", "decay to zero: linear or cosine", choices=("linear", "cosine"))
     add(group, "--weight-decay", "AdamW's", type=float)
     add(group, "--adam-beta2", "AdamW's", type=float)
-    add(group, "--max-grad-norm", "clip the gradient at this norm", type=float)
+    add(group, "--max-grad-norm", "clip the gradient at this norm; 0: do not", type=float)
     add(group, "--seed", "of everything random", type=int)
 
     group = parser.add_argument_group("LoRA (all stages but pretrain)")
@@ -168,10 +168,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
-    for name in ("steps", "batch_size", "lora_r", "lora_alpha", "lr", "temperature", "max_grad_norm"):
+    for name in ("steps", "batch_size", "lora_r", "lora_alpha", "lr", "temperature"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
-    for name in ("warmup_steps", "micro_batch_size", "save_every", "eval_every", "weight_decay", "seed"):
+    for name in ("warmup_steps", "micro_batch_size", "save_every", "eval_every", "weight_decay", "max_grad_norm", "seed"):
         if getattr(args, name) < 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
     for name in ("lora_dropout", "attention_dropout"):

@@ -46,7 +46,7 @@ class Settings:
     schedule: str = "linear"  # decay to zero: linear or cosine
     weight_decay: float = 0.0
     adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0
+    max_grad_norm: float = 1.0  # 0: no clipping
     lora_r: int = 16
     lora_alpha: float = 32.0
     lora_dropout: float = 0.05
@@ -95,33 +95,21 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
     beside = output.with_name(output.name + ".part")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file, expected a folder")
+    work = beside if resume and (beside / ARGUMENTS).is_file() else output
+    if not (work / ARGUMENTS).is_file():
+        if is_foreign(work):
+            raise ValueError(f"--output {work}: holds files, but not a run")
+        return work
     if resume:
-        work = beside if (beside / ARGUMENTS).is_file() else output
-        if not (work / ARGUMENTS).is_file() and is_foreign(work):
-            raise ValueError(f"--resume: {work} holds files, but not a run")
-        before = read_json(work / ARGUMENTS) if (work / ARGUMENTS).is_file() else {}
+        before = read_json(work / ARGUMENTS)
         if changed := [name for name in before if name in arguments and before[name] != arguments[name]]:
             found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
             raise ValueError(f"--resume: {work} was started with other arguments: {found}")
         return work
-    if output.is_dir() and any(output.iterdir()):
-        if not overwrite:
-            is_run, unfinished = (
-                (output / ARGUMENTS).exists(),
-                "an unfinished run; --resume continues it, --overwrite starts anew",
-            )
-            state = (
-                "files, but not a run"
-                if not is_run
-                else "a run; --overwrite starts anew"
-                if is_finished(output)
-                else unfinished
-            )
-            raise ValueError(f"--output {output}: already holds {state}")
-        if not (output / ARGUMENTS).exists():
-            raise ValueError(f"--output {output}: holds files, but not a run; --overwrite replaces runs only")
-        return beside
-    return output
+    if not overwrite:
+        state = "a run" if is_finished(output) else "an unfinished run; --resume continues it"
+        raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
+    return beside
 
 
 def is_foreign(folder: Path) -> bool:
@@ -295,7 +283,7 @@ class Loop:
         """
         loss, stop = loss.detach().clone(), loss.new_full((), float(self.stopping))
         distributed.add_up([loss, stop, *(p.grad for p in self.parameters.values())])
-        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm)
+        norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
         loss, norm, stop = torch.stack([loss, norm.to(loss), stop]).tolist()
         self.stopped = stop > 0
         if not (math.isfinite(loss) and math.isfinite(norm)):

@@ -14,7 +14,7 @@ import torch.distributed as dist
 
 from ..config import ModelConfig
 from ..device import DTYPES, world_size
-from ..files import read_json
+from ..files import read_json, short
 from ..hub import resolve
 from .loop import Settings
 from .mntp import LOGITS_AT_ONCE
@@ -187,10 +187,12 @@ def shape_of_run(
     Raises:
         ValueError: no such model.
     """
-    wanted = ("config.json", "adapter_config.json")
-    folder = resolve(model, wanted)
-    while not (folder / wanted[0]).is_file() and (folder / wanted[1]).is_file():  # an adapter by itself names its base
-        folder = resolve(str(read_json(folder / wanted[1]).get("base_model_name_or_path")), wanted)
+    wanted, seen = ("config.json", "adapter_config.json"), [model]
+    while not ((folder := resolve(seen[-1], wanted)) / wanted[0]).is_file() and (folder / wanted[1]).is_file():
+        base = read_json(folder / wanted[1]).get("base_model_name_or_path")  # an adapter by itself names it
+        if not base or base in seen:
+            raise ValueError(f"{folder / wanted[1]}: base_model_name_or_path is {short(base)}, expected another model's name")
+        seen.append(str(base))
     config = ModelConfig.from_folder(folder)
     processes = int(os.environ.get("WORLD_SIZE", 1))
     on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()

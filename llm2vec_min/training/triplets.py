@@ -112,8 +112,9 @@ def read_triplets(
         elif list(stems.values()).count(name) > 1:
             same = {other for other in paths if (other.parent, stems[other]) == (path.parent, name)}
             name = f"{path.parent.name}/{name if len(same) == 1 else path.name}"
-        if origins.setdefault(name, path) != path and path.parent.name != "echo-data":
-            raise ValueError(f"{origins[name]} and {path} would both be the data set {name}; rename one of the folders")
+        first = origins.setdefault(name, path)
+        if first != path and not first.parent.name == path.parent.name == "echo-data":
+            raise ValueError(f"{first} and {path} would both be the data set {name}; rename one, or its folder")
         triplets, dropped = read_file(path)
         sets.setdefault(name, []).extend(triplets)
         equal += dropped

@@ -246,14 +246,14 @@ def test_command(files, tmp_path, capsys):
             assert list(score) == ["value", "low", "high"]
             assert score["low"] is None or score["low"] <= score["value"] <= score["high"]
     without = [task.split(":")[0] for task, m in out.items() if next(iter(m.values()))["low"] is None]
-    assert without == ["retrieval", "reranking"], "fewer than six queries"
+    assert without == ["sts", "pairs", "retrieval", "reranking"], "fewer than ten independent rows"
     shown = capsys.readouterr().out
-    assert f"| sts sts | spearman | {out[tasks[0]]['spearman']['value']:.1f} [" in shown
+    assert f"{out[tasks[2]]['accuracy']['value']:.1f} [" in shown
     assert f"| reranking rerank | map | {out[tasks[-1]]['map']['value']:.1f} |" in shown
     assert "retrieval" in shown
 
 
-def test_one_long_text_costs_its_own_length_only(l2v):
+def test_one_long_text_costs_its_own_length_only():
     """An array of texts would give every row the room of the longest: 2,000 x 400 kB."""
     texts = ["x" * 100_000, *(f"text {i}" for i in range(1_999))]
     tracemalloc.start()
@@ -265,10 +265,21 @@ def test_one_long_text_costs_its_own_length_only(l2v):
 
 
 def test_equal_documents_rank_by_their_id(l2v):
-    """However the product of a matrix rounds: of 37 equal documents the one with the last id comes first."""
-    documents, qrels = {f"{i:02}": "a cat sat down" for i in range(37)}, {"q": {"36": 1}}
-    scores = sentences.score_retrieval(l2v, (documents, {"q": "two dogs run"}, qrels), None, None, 32)
-    assert scores["ndcg_at_10"].statistic(np.array([0])) == 100
+    """However the product of a matrix rounds: of 37 equal documents the one with the last id comes first, for 200 queries."""
+    documents, queries = {f"{i:02}": "a cat sat down" for i in range(37)}, {str(i): f"dogs run {i} times" for i in range(200)}
+    data = documents, queries, {id: {"36": 1} for id in queries}
+    assert sentences.score_retrieval(l2v, data, None, None, 32)["ndcg_at_10"].statistic(np.arange(200)) == 100
+    rows = [(query, ["a cat sat down"], ["a cat sat down"] * 36) for query in queries.values()]
+    every = sentences.score_reranking(l2v, rows, None, None, 32)["map"].statistic(np.arange(200))
+    assert every == pytest.approx(100 / 37), "all candidates are one tie"
+
+
+def test_a_limit_that_leaves_one_label_has_no_score(l2v):
+    labels = [str(i // 2) for i in range(200)]
+    few = sentences.score_clustering(l2v, {"labels": labels, "texts": [f"text {i}" for i in range(200)]}, 2, None, 32)
+    data = np.ones(8), [f"a {i}" for i in range(8)], [f"b {i}" for i in range(8)]
+    one = sentences.score_pairs(l2v, data, None, None, 32, "average_precision")
+    assert np.isnan(few["v_measure"].statistic(np.arange(2))) and np.isnan(one["average_precision"].statistic(np.arange(8)))
 
 
 def test_undefined_scores_are_null(tmp_path, capsys):
@@ -310,7 +321,7 @@ BEIR = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": ""}
         ("retrieval:.", BEIR | {"qrels.tsv": "p\td\t1\n"}, "qrels.tsv:1: 'p' is no _id of queries"),
         ("retrieval:.", BEIR | {"qrels.tsv": "q\td\thigh\n"}, "qrels.tsv:1: found .*whole number"),
         ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t" + "9" * 5000}, "qrels.tsv:1: found .*whole number"),
-        ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t1\nq\td\t0\n"}, "qrels.tsv:2: 'q' and 'd' were judged before"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t1\nq\td\t0\n"}, "qrels.tsv:2: 'q' and 'd' were judged otherwise before"),
         ("retrieval:.", BEIR | {"qrels.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement"),
         ("retrieval:.", BEIR | {"corpus.jsonl": CORPUS * 2}, "corpus.jsonl:2: the _id 'd' was there"),
         ("retrieval:.", BEIR | {"corpus.jsonl": "\n"}, "corpus.jsonl: no text in it"),

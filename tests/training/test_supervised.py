@@ -288,7 +288,7 @@ def test_files(tmp_path):
     for folder in ("x", "y"):
         (tmp_path / folder / "more").mkdir(parents=True)
     far = [write(tmp_path / folder / "more" / "a.jsonl", {"query": "q", "positive": "p"}) for folder in ("x", "y")]
-    with pytest.raises(ValueError, match="would both be the data set more/a; rename one of the folders"):
+    with pytest.raises(ValueError, match="would both be the data set more/a; rename one, or its folder"):
         read_triplets(far)
     deep = tmp_path / "deep.jsonl"
     deep.write_text('{"query":' + "[" * 100_000)
