@@ -9,7 +9,7 @@ python train.py --stage mntp --model sheared-llama-1.3b --output runs/sheared-mn
 """
 
 import argparse
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -180,8 +180,10 @@ def main(argv: list[str]) -> None:
         use_deterministic()
     device = start_process(args.device)
     try:
-        with suppress(OSError):  # what cannot be written is said later
-            Path(args.output).parent.mkdir(parents=True, exist_ok=True)
+        try:
+            Path(args.output).parent.mkdir(parents=True, exist_ok=True)  # for the lock
+        except OSError as error:
+            raise ValueError(f"--output {args.output}: cannot be written ({error})") from None
         with locked(args.output) if rank() == 0 else nullcontext():
             run_stage(args, parser, settings, argv, device)
     finally:

@@ -79,8 +79,10 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     if str(name) in above:
         raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
     preset, local = find_preset(name), Path(name).expanduser().is_dir() and str(name) not in PRESETS
-    a_run = local and "adapters" in read_settings(Path(name).expanduser())  # which lists its own
-    if preset is not None and preset.adapters and not a_run:
+    # A folder that is no bare adapter, or says itself what it stands on, is not the preset's last adapter.
+    says = local and {"adapters", "base_model_name_or_path", "preset"} & read_settings(Path(name).expanduser()).keys()
+    bare = not local or ((Path(name).expanduser() / ADAPTER_CONFIG).is_file() and not says)
+    if preset is not None and preset.adapters and bare:
         base, chain, settings = find_chain(preset.model, (*above, str(name)))
         last = preset.adapters[-1] if str(name) in PRESETS else name  # a hub id may name a revision
         folders = [*map(resolve, preset.adapters[:-1]), resolve(last)]

@@ -112,7 +112,9 @@ def locked(output: str | Path) -> Iterator[None]:
         import fcntl
 
         file = open(path, "w")
-    except (ImportError, OSError):
+    except (ImportError, OSError) as error:
+        if isinstance(error, PermissionError) and path.exists():
+            raise ValueError(f"--output {output}: another user's command is writing it, or left {path} behind") from None
         yield
         return
     try:

@@ -4,7 +4,7 @@ A score is computed again on 1,000 resamples of its test rows (bootstrap). Rows 
 that share an anchor, are drawn together. All encoders are scored on the same resamples, so that a difference between
 two of them is tested pair by pair: what is hard for both does not count. The tasks' own randomness (k-means' ten seeds)
 and a training run's are not in the intervals: for these, train with several seeds. Such intervals are a little too narrow for
-few rows (of 10, p < 0.05 comes up by chance in 9 % of cases, of 30 in 6 %), and where only k rows differ between two
+few rows (of 10, p < 0.05 comes up by chance in 9 to 10 % of cases, of 30 in 6 %), and where only k rows differ between two
 encoders, all in one's favour, p is about 2 e^-k, less than the 2^(1-k) of an exact sign test.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
 """

@@ -91,7 +91,7 @@ def read_clustering(path: str | Path) -> dict[str, list]:
     rows = read_labelled(path)
     if not 1 < (count := len(set(rows["labels"]))) < len(rows["texts"]):
         raise ValueError(
-            f"{path}: {count} different labels on {len(rows['texts'])} lines, expected at least 2, fewer than lines"
+            f"{path}: {count} different labels on {len(rows['texts'])} lines, expected at least 2 labels, and fewer labels than lines"
         )
     return rows
 
@@ -328,7 +328,7 @@ def score_clustering(l2v: LLM2Vec, data, limit: int | None, instruction: str | N
 
 def score_retrieval(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
     """nDCG@10 and recall@100 by cosine over the whole corpus, for every judged query (`limit` of them). Documents get no
-    instruction; equal scores rank by document id, the last first, as in trec_eval."""
+    instruction; equal scores (and equal texts) rank by document id, the last first, as in trec_eval."""
     documents, queries, qrels = data
     ids = sorted(documents, reverse=True)
     judged = [list(qrels)[i] for i in sample(len(qrels), limit)]

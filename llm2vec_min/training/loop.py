@@ -89,7 +89,7 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
     earlier run stands there, which stays whole until `finish_output` puts the new one in its place.
 
     Raises:
-        ValueError: the output already holds something, or `resume` finds no run there or one with other arguments.
+        ValueError: the output already holds something, or `resume` finds files there that are no run, or one with other arguments.
     """
     output = Path(output)
     beside = output.with_name(output.name + ".part")

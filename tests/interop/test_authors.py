@@ -12,6 +12,7 @@ from test_weights import LORA, randomize
 from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS, Preset
+from llm2vec_min.encoder import find_chain
 
 
 @pytest.fixture(params=["decoder", "causal-lm"])
@@ -51,6 +52,17 @@ def test_chain_by_hand_and_by_preset(published, monkeypatch):
     check(LLM2Vec.from_pretrained("llm2vec-mine", device="cpu"), states)
     # the second adapter's own name also means the chain: alone it would stand on the wrong base
     check(LLM2Vec.from_pretrained(str(folder / "simcse"), device="cpu"), states)
+
+
+def test_a_folder_that_says_what_it_stands_on_is_not_the_presets_adapter(published, monkeypatch, tmp_path):
+    folder, _ = published
+    monkeypatch.setitem(PRESETS, "llm2vec-mine", Preset(str(folder / "mntp"), adapters=(str(folder / "simcse"),)))
+    mine = shutil.copytree(folder / "simcse", tmp_path / "mine")
+    config = json.loads((mine / "adapter_config.json").read_text()) | {"base_model_name_or_path": "llm2vec-mine"}
+    (mine / "adapter_config.json").write_text(json.dumps(config))
+    (mine / "config.json").unlink(missing_ok=True)
+    (mine / "llm2vec_config.json").write_text(json.dumps({"base_model_name_or_path": "llm2vec-mine"}))
+    assert find_chain(mine)[1][-2:] == [folder / "simcse", mine]
 
 
 def test_first_adapter_alone(published):
