@@ -6,9 +6,10 @@
 
 Needs tests/requirements.txt, no download. Prints tables and writes each row as JSON (--output) as soon as it
 is there. Each side runs alone, from loading to the last task, ours first in one round and last in the next; times are the best
-of all repeats, peak memory is a side's own, with its weights. PEFT runs with its float32 adapters and with bfloat16 ones. The
-plan is asked first: checkpointing, for all sides, where ours does not fit without it, no row where it does not fit at all;
-what runs out of memory all the same leaves an empty cell. "of the limit": operations (2 per weight and token forward, 2
+of all repeats, peak memory is a side's own, with its weights. PEFT runs with its float32 adapters and with bfloat16 ones;
+"compiled" is torch.compile on each layer, on either side (`--sides`). The plan is asked first: checkpointing, for all sides,
+where ours does not fit without it, no row where it does not fit at all; what runs out of memory all the same leaves an empty
+cell. "of the limit": operations (2 per weight and token forward, 2
 backward, 2 more with checkpointing, 2 with GradCache) per second over those of a large bfloat16 matrix product, measured here.
 """
 
@@ -30,7 +31,7 @@ from speed import Libraries, Ours, make_texts, synchronize
 
 from llm2vec_min import LLM2Vec, ModelConfig
 from llm2vec_min.config import PRESETS
-from llm2vec_min.model import Decoder, init_weights, set_attention_dropout
+from llm2vec_min.model import Decoder, compile_layers, init_weights, set_attention_dropout
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import memory
 from llm2vec_min.training.loop import Settings
@@ -131,7 +132,27 @@ class RandomLibrariesBfloat16(RandomLibraries):
             parameter.data = parameter.data.bfloat16()
 
 
-SIDES = {"ours": RandomOurs, "theirs": RandomLibraries, "theirs_bf16": RandomLibrariesBfloat16}
+class CompiledOurs(RandomOurs):
+    """As `train.py --compile` does it."""
+
+    def add_lora(self):
+        super().add_lora()
+        compile_layers(self.l2v.decoder)
+
+
+class CompiledLibrariesBfloat16(RandomLibrariesBfloat16):
+    name = "transformers + peft, bfloat16 adapters, torch.compile on each layer"
+
+    def add_lora(self):
+        super().add_lora()
+        for layer in self.decoder.layers:
+            layer.compile()
+
+
+SIDES = {
+    "ours": RandomOurs, "theirs": RandomLibraries, "theirs_bf16": RandomLibrariesBfloat16,
+    "ours_compiled": CompiledOurs, "theirs_bf16_compiled": CompiledLibrariesBfloat16,
+}  # fmt: skip
 
 
 def free(device: torch.device) -> None:
@@ -217,13 +238,14 @@ def compare(name: str, args, device: torch.device, rate: float, write) -> None:
         f"MNTP {B} x {T}": (lambda s: s.mntp(masked_ids.to(device), labels.to(device)), B * T, "mntp"),
         f"SimCSE {len(sentences)} twins": (lambda s: s.simcse(sentences), 2 * sum(lengths), "simcse"),
     }
-    seconds = {(side, label): [] for side in SIDES for label in tasks}
+    tasks = {label: task for label, task in tasks.items() if (task[2] or "encode") in args.tasks}
+    seconds = {(side, label): [] for side in args.sides for label in tasks}
     peaks = {}
     for turn in range(2):
-        for side_name in list(SIDES)[:: 1 - 2 * turn]:
+        for side_name in args.sides[:: 1 - 2 * turn]:
             side = SIDES[side_name](name, device, checkpointing)
             for label, (task, _, stage) in tasks.items():
-                if stage == "mntp":
+                if stage is not None and not hasattr(side, "optimizer"):
                     side.add_lora()
                 runs = [timed(task, side) for _ in range(args.repeats + 1)][1:]  # the first one warms up
                 if None in runs:
@@ -234,11 +256,16 @@ def compare(name: str, args, device: torch.device, rate: float, write) -> None:
             del side
             free(device)
     for label, (_, tokens, stage) in tasks.items():
-        best = {side: min(seconds[side, label], default=None) for side in SIDES}
+        best = {side: min(seconds[side, label], default=None) for side in args.sides}
         row = dict(model=name, task=label + (", checkpointing" if checkpointing and stage else ""))
         row |= {f"{side}_s": value for side, value in best.items()}
-        row |= {f"ratio{side[6:]}": best[side] and best["ours"] and best[side] / best["ours"] for side in list(SIDES)[1:]}
-        row |= {f"{side}_gb": peaks.get((side, label)) for side in SIDES}
+        row |= {
+            "ratio" + side.removeprefix("theirs").replace("ours", "_ours"): best[side]
+            and best["ours"]
+            and best[side] / best["ours"]
+            for side in args.sides[1:]
+        }
+        row |= {f"{side}_gb": peaks.get((side, label)) for side in args.sides}
         if stage is not None and best["ours"]:
             settings = stages[stage]
             row |= theory(config, stage, device, rate, best["ours"], tokens, batch_size=settings.batch_size,
@@ -318,6 +345,9 @@ def main() -> None:
     parser.add_argument(
         "--parts", nargs="+", choices=("compare", "growth", "loading"), default=["compare", "growth", "loading"]
     )
+    parser.add_argument("--sides", nargs="+", choices=tuple(SIDES), default=["ours", "theirs", "theirs_bf16"],
+                        help='of "compare"; the first one, "ours", is what the others are divided by')  # fmt: skip
+    parser.add_argument("--tasks", nargs="+", choices=("encode", "mntp", "simcse"), default=["encode", "mntp", "simcse"])
     parser.add_argument("--output", default="gpu.json")
     args = parser.parse_args()
     device = torch.device(args.device)
@@ -334,8 +364,9 @@ def main() -> None:
         Path(args.output).write_text(json.dumps({"machine": machine, "operations_per_s": rate, "rows": rows}, indent=2))
 
     if "compare" in args.parts:
-        print("\n| model | task | ours (s) | peft (s) | peft bf16 (s) | ratio | ratio bf16 | ours (GB) | peft (GB) | peft bf16 (GB) "
-              "| of the limit | predicted (GB) |")  # fmt: skip
+        heads = [f"{side} (s)" for side in args.sides] + [f"{side} / ours" for side in args.sides[1:]]
+        heads += [f"{side} (GB)" for side in args.sides] + ["of the limit", "predicted (GB)"]
+        print("\n| model | task | " + " | ".join(heads) + " |")
         for name in args.models:
             compare(name, args, device, rate, write)
     if "growth" in args.parts:
