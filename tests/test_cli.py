@@ -405,7 +405,9 @@ def test_dry_run_loads_nothing(model_folder, tmp_path, capsys):
     (tmp_path / "config.json").write_bytes((model_folder / "config.json").read_bytes())  # no weights beside it
     train.main(["--model", str(tmp_path), "--data", "x", "--dry-run", "--output", str(tmp_path / "run")])
     train.main(["--stage", "simcse", "--model", "tiny-mntp", "--dry-run"])  # a preset that stands on another
-    train.main(["--stage", "simcse", "--model", str(ROOT / "llm2vec_min/assets/tiny/adapters/mntp"), "--dry-run"])  # an adapter alone
+    train.main(
+        ["--stage", "simcse", "--model", str(ROOT / "llm2vec_min/assets/tiny/adapters/mntp"), "--dry-run"]
+    )  # an adapter alone
     out = capsys.readouterr().out
     assert "parameters" in out and "peak memory" in out and "logits" in out
     assert not (tmp_path / "run").exists()

@@ -126,13 +126,20 @@ def measure(
     for layer in layers or []:
         if not 0 <= layer <= (last := l2v.decoder.config.num_hidden_layers):
             raise ValueError(f"--layers {layer}: expected 0 (embeddings) to {last}, the last")
-    measured: Measured = {}
+    measured, seeds = {}, resample_seeds(tasks)
     for name, (kind, data) in tasks.items():
         more = [layers] if kind == "words" else []
         scores = KINDS[kind][1](l2v, data, limit, (instructions or {}).get(kind), batch_size, *more)
-        seed = zlib.crc32(Path(name).name.encode())  # tasks of one size are resampled independently of each other, models alike
-        measured[name] = {metric: resample(score, seed=seed) for metric, score in scores.items()}
+        measured[name] = {metric: resample(score, seed=seeds[name]) for metric, score in scores.items()}
     return measured
+
+
+def resample_seeds(tasks: Iterable[str]) -> dict[str, int]:
+    """A seed for each task: tasks of one size are resampled independently of each other, all encoders alike. From the kind and
+    the files' names, so that it matters not in which folder they lie; from the whole paths where these names occur twice."""
+    parts = {task: task.partition(":") for task in tasks}
+    names = {t: f"{kind}:" + ",".join(Path(p).name for p in paths.split(",")) for t, (kind, _, paths) in parts.items()}
+    return {t: zlib.crc32((name if list(names.values()).count(name) == 1 else t).encode()) for t, name in names.items()}
 
 
 def evaluate(l2v: LLM2Vec, tasks: list[str], *, instructions: dict[str, str] | None = None, **options) -> dict:

@@ -107,6 +107,14 @@ def test_tasks_of_one_size_are_resampled_independently(tmp_path):
     assert value == other and abs(np.corrcoef(draws, others)[0, 1]) < 0.2
 
 
+def test_the_resamples_depend_on_the_task_not_on_its_folder():
+    seeds = compare.resample_seeds
+    here, there = ["sts:a.tsv", "classification:a.tsv,b.tsv"], ["sts:/data/a.tsv", "classification:x/a.tsv,/y/b.tsv"]
+    assert list(seeds(here).values()) == list(seeds(there).values()) and len(set(seeds(here).values())) == 2
+    namesakes = ["retrieval:scifact/test", "retrieval:nfcorpus/test", "pairs:a.tsv", "sts:a.tsv"]
+    assert len(set(seeds(namesakes).values())) == 4
+
+
 def test_undefined():
     constant = sentences.Score(lambda rows: float("nan"), np.arange(4))
     assert compare.interval(*compare.resample(constant)) == dict.fromkeys(("value", "low", "high"))
