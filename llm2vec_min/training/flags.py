@@ -137,8 +137,8 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
         action="store_true", default=False)  # fmt: skip
     add(group, "--deterministic", "the same weights in every run on a GPU too, and after --resume; a little slower (a CPU needs no "
         "such flag)", action="store_true", default=False)  # fmt: skip
-    add(group, "--compile", "fuse operations with torch.compile: slow first steps, faster ones then (MNTP on a GPU: 1.1 to 1.3 times)", action="store_true",
-        default=False)  # fmt: skip
+    add(group, "--compile", "fuse operations with torch.compile: slow first steps, then faster ones (MNTP on a GPU: 1.1 to 1.3 "
+        "times)", action="store_true", default=False)  # fmt: skip
 
     group = parser.add_argument_group("architecture (pretrain)")
     for flag, value in (
