@@ -16,12 +16,14 @@ KIND:PATH is one of (tab-separated UTF-8 files, JSON lines; plain, .gz or .xz)
 from __future__ import annotations
 
 import argparse
+import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 from ..cli import add_model_flags, run
-from ..encoder import LLM2Vec
+from ..encoder import LLM2Vec, find_chain
 from ..files import write_json
+from ..hub import resolve
 from .compare import measure, plot, read_tasks, report, rungs, table
 
 
@@ -76,17 +78,20 @@ def main(argv: list[str]) -> None:
     given = {name: value for name, value in own.items() if value is not None}
     models = rungs(args.ladder) if args.ladder else {}
     models |= {name: {"name": name} for name in args.compare or ([] if args.ladder else [args.model or "tiny"])}
+    for options in models.values():
+        resolve(find_chain(options["name"])[0])  # a model that is not there is said now, not when the others are scored
     measured = {}
-    for name, options in models.items():
+    for number, (name, options) in enumerate(models.items(), 1):
+        print(f"{name}, {number} of {len(models)}", file=sys.stderr)
         options = {"adapters": args.adapter} | options | given
         l2v = LLM2Vec.from_pretrained(**options, dtype=args.dtype, device=args.device)
-        options = {"limit": args.limit, "batch_size": args.batch_size, "layers": args.layers}
+        options = {"limit": args.limit, "batch_size": args.batch_size, "layers": args.layers, "show_progress": True}
         measured[name] = measure(l2v, tasks, instructions=instructions, **options)
-    result = report(measured)
+        result = report(measured)
+        if args.json:  # after every model: a comparison that is stopped keeps those that are done
+            single = {task: result["models"][name][task] for task in tasks}
+            write_json(args.json, result if args.compare or args.ladder else single)
     print(table(result))
-    if args.json:
-        single = {task: result["models"][name][task] for task in tasks}
-        write_json(args.json, result if args.compare or args.ladder else single)
     if args.plot:
         plot(result, args.plot)
 

@@ -18,6 +18,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 from ..encoder import LLM2Vec, find_chain
 from ..files import read_json
@@ -121,13 +122,14 @@ def measure(
     instructions: dict[str, str] | None = None,
     batch_size: int = 32,
     layers: list[int] | None = None,
+    show_progress: bool = False,
 ) -> Measured:
     """Every metric of `read_tasks`' tasks, with its resamples; arguments as `evaluate`'s."""
     for layer in layers or []:
         if not 0 <= layer <= (last := l2v.decoder.config.num_hidden_layers):
             raise ValueError(f"--layers {layer}: expected 0 (embeddings) to {last}, the last")
     measured, seeds = {}, resample_seeds(tasks)
-    for name, (kind, data) in tasks.items():
+    for name, (kind, data) in tqdm(tasks.items(), desc="scoring", unit="task", disable=not show_progress):
         more = [layers] if kind == "words" else []
         scores = KINDS[kind][1](l2v, data, limit, (instructions or {}).get(kind), batch_size, *more)
         measured[name] = {metric: resample(score, seed=seeds[name]) for metric, score in scores.items()}
@@ -151,6 +153,7 @@ def evaluate(l2v: LLM2Vec, tasks: list[str], *, instructions: dict[str, str] | N
         limit: at most so many test rows (queries, sentences) of each task, drawn at random, and as many to train on.
         batch_size: texts per forward pass.
         layers: of word tasks, also these layers.
+        show_progress: a bar over the tasks.
     Returns:
         {task: {metric: {"value", "low", "high"}}}, the 95 % interval.
     """

@@ -164,6 +164,27 @@ def test_ladder(runs, tmp_path, capsys):
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
 
+def test_a_comparison_that_breaks_off_keeps_what_is_done(runs, tmp_path, monkeypatch):
+    """A model that is not there is said before the first is scored; one that fails later costs nothing already scored."""
+    folder, mntp, simcse, _ = runs
+    arguments = ["--tasks", f"sts:{folder}/p.tsv", "--json", str(tmp_path / "o.json"), "--device", "cpu", "--compare"]
+    measure, scored = compare.measure, []
+
+    def failing(l2v, *others, **options):
+        scored.append(l2v)
+        if len(scored) == 2:
+            raise KeyboardInterrupt
+        return measure(l2v, *others, **options)
+
+    monkeypatch.setattr("llm2vec_min.evaluation.__main__.measure", failing)
+    with pytest.raises(ValueError, match="nowhere"):
+        main([*arguments, mntp, str(tmp_path / "nowhere")])
+    assert not scored and not (tmp_path / "o.json").exists()
+    with pytest.raises(KeyboardInterrupt):
+        main([*arguments, mntp, simcse])
+    assert list(json.loads((tmp_path / "o.json").read_text())["models"]) == [mntp]
+
+
 def test_table_marks_only_what_is_more_than_noise():
     rng = np.random.default_rng(0)
     base = rng.normal(0.5, 0.1, 200)
