@@ -2,9 +2,10 @@
 
     python -m llm2vec_min.evaluation --ladder tiny-supervised --compare tiny-causal-simcse tiny-bidirectional-simcse \\
       --limit 1500 --tasks sts:stsb_dev.tsv retrieval:cranfield ... --json results/families-tiny.json
-    python -m llm2vec_min.evaluation --compare tiny-causal-simcse tiny-bidirectional-simcse tiny-llm2vec \\
-      --limit 1500 --tasks sts:stsb_dev.tsv retrieval:cranfield ... --json results/parts-tiny.json
     python tests/benchmarks/families.py
+
+The files "parts" hold the same for the shortcuts and LLM2Vec beside each other, the causal shortcut with both means; as the
+command has one --pooling for all models, they were written with `measure` and `report` of `llm2vec_min.evaluation.compare`.
 """
 
 import json
@@ -26,6 +27,7 @@ METRICS = {
 MODELS = {
     "+ mntp": "+ MNTP", "+ simcse": "+ SimCSE", "supervised": "+ supervised", "causal-simcse": "causal + SimCSE",
     "bidirectional-simcse": "bidirectional + SimCSE", "simcse": "MNTP + SimCSE", "llm2vec": "MNTP + SimCSE",
+    "causal-simcse, weighted_mean": "causal + SimCSE, weighted mean",
 }  # fmt: skip
 STAGES = ("causal", "bidirectional", "+ mntp", "+ simcse", "+ supervised", "supervised")
 
