@@ -4,8 +4,7 @@
       --limit 1500 --tasks sts:stsb_dev.tsv retrieval:cranfield ... --json results/families-tiny.json
     python tests/benchmarks/families.py
 
-The files "parts" hold the same for the shortcuts and LLM2Vec beside each other, the causal shortcut with both means; as the
-command has one --pooling for all models, they were written with `measure` and `report` of `llm2vec_min.evaluation.compare`.
+The files "parts" are those of `parts.py`.
 """
 
 import json
