@@ -13,7 +13,7 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 SETS = {
     "sts12": "STS12", "sts13": "STS13", "sts14": "STS14", "sts15": "STS15", "stsb_dev": "STS-B dev", "cranfield": "Cranfield",
-    "vaswani": "Vaswani", "vaswani_2000": "Vaswani, 2,000 documents", "search": "the shipped search", "trecqa": "TREC-QA",
+    "vaswani": "Vaswani", "search": "the shipped search", "trecqa": "TREC-QA",
     "banking77_test": "Banking77", "sst2_test": "SST-2",
     "biomedical": "biomedical titles", "search_snippets": "search snippets", "conll2000_test": "CoNLL-2000, chunks",
     "wnut17_test": "WNUT17, names", "ewt_test": "EWT, part of speech", "mean": "mean",
