@@ -23,7 +23,6 @@ from pathlib import Path
 from ..cli import add_model_flags, run
 from ..encoder import LLM2Vec, find_chain
 from ..files import write_json
-from ..hub import resolve
 from .compare import measure, plot, read_tasks, report, rungs, table
 
 
@@ -79,7 +78,7 @@ def main(argv: list[str]) -> None:
     models = rungs(args.ladder) if args.ladder else {}
     models |= {name: {"name": name} for name in args.compare or ([] if args.ladder else [args.model or "tiny"])}
     for options in models.values():
-        resolve(find_chain(options["name"])[0])  # a model that is not there is said now, not when the others are scored
+        find_chain(options["name"])  # a model that is not there is said now, not when the others are scored
     measured = {}
     for number, (name, options) in enumerate(models.items(), 1):
         print(f"{name}, {number} of {len(models)}", file=sys.stderr)
