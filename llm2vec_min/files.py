@@ -108,21 +108,28 @@ def locked(output: str | Path) -> Iterator[None]:
     """
     output = Path(output)
     path = output.with_name(output.name + ".lock")
-    try:
-        import fcntl
+    while True:
+        try:
+            import fcntl
 
-        file = open(path, "w")
-    except (ImportError, OSError) as error:
-        if isinstance(error, PermissionError) and path.exists():
-            raise ValueError(f"--output {output}: another user's command is writing it, or left {path} behind") from None
-        yield
-        return
-    try:
-        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        raise ValueError(f"--output {output}: another command is writing it now") from None
-    except OSError:
-        pass  # a file system without locks
+            file = open(path, "w")
+        except (ImportError, OSError) as error:
+            if isinstance(error, PermissionError) and path.exists():
+                raise ValueError(f"--output {output}: another user's command is writing it, or left {path} behind") from None
+            yield
+            return
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
+        except BlockingIOError:
+            raise ValueError(f"--output {output}: another command is writing it now") from None
+        except FileNotFoundError:
+            held = False
+        except OSError:
+            held = True  # a file system without locks
+        if held:
+            break
+        file.close()  # the command that ended just now has removed this very file: a lock on it keeps nobody off
     try:
         yield
     finally:

@@ -17,6 +17,7 @@ import train
 from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
+from llm2vec_min.files import locked
 from llm2vec_min.hub import find_preset
 from llm2vec_min.interop import export
 from llm2vec_min.training.flags import build_parser
@@ -205,6 +206,21 @@ def test_two_commands_on_one_output(files, runs, model_folder, tmp_path, monkeyp
             embed.main(["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")])
     monkeypatch.setattr(fcntl, "flock", lambda *arguments: (_ for _ in ()).throw(OSError(errno.ENOSYS, "no locks here")))
     embed.main(["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")])
+
+
+def test_a_lock_on_a_removed_file_keeps_nobody_off(tmp_path, monkeypatch):
+    """A command that ends between another's open and its lock takes the file away; a third would make a new one."""
+    flock, removed = fcntl.flock, []
+
+    def late(file, operation):
+        if not removed:
+            removed.append((tmp_path / "run.lock").unlink())
+        flock(file, operation)
+
+    monkeypatch.setattr(fcntl, "flock", late)
+    with locked(tmp_path / "run"), pytest.raises(ValueError, match="is writing it now"), locked(tmp_path / "run"):
+        pass
+    assert not (tmp_path / "run.lock").exists()
 
 
 def test_a_file_that_shrinks_is_an_error_not_zeros(files, runs, tmp_path, monkeypatch):
