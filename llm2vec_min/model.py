@@ -135,25 +135,32 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     return x * torch.where(kept, x.new_tensor(1 / (1 - probability)), 0)
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, noise: float) -> Tensor:
+SHORT = 128  # tokens in a row, up to which `attend` trains in bfloat16 by hand on the CPU
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, noise: float = 0.0, training: bool = False
+) -> Tensor:
     """softmax(q k^T / sqrt(D)) v, with dropout on the probabilities.
 
     Args:
         q: (B, H, T, D); k, v: (B, K, T, D), each shared by H / K query heads.
         mask: bool, broadcastable to (B, 1, T, T), or None: everything visible, or plainly causal.
-        noise: dropout probability, 0 outside training.
+        noise: dropout probability, in training.
     Returns:
         (B, H, T, D)
     """
     (B, H, T, D), K = q.shape, k.shape[1]
-    if not noise or q.device.type != "cpu":
+    noise = noise if training else 0.0
+    # where torch's kernel for the CPU is slow to train through: with dropout, and in bfloat16 on short rows
+    by_hand = training and q.device.type == "cpu" and (noise > 0 or q.dtype == torch.bfloat16 and T <= SHORT)
+    if not by_hand:
         if mask is not None and H != K:  # a GPU's fast kernel for masks wants as many key heads as query heads
             k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
         # a mask that is given already says which direction is visible
         return F.scaled_dot_product_attention(
             q, k, v, attn_mask=mask, dropout_p=noise, is_causal=causal and mask is None, enable_gqa=k.shape[1] != H
         )
-    # The same by hand: scaled_dot_product_attention has no fast way with dropout on the CPU.
     if mask is None and causal:
         mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
     scores = (q.reshape(B, K, H // K * T, D) @ k.transpose(-1, -2)).view(B, H, T, T).float() * D**-0.5
@@ -199,7 +206,7 @@ class Attention(nn.Module):
         if real is not None:
             q, k, v = (pad(x, real, mask.shape[0], mask.shape[-1]) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)  # (B, H, T, D)
+        y = attend(q, k, v, mask, causal, self.dropout, self.training)  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * D)
         if real is not None:
             y = y.flatten(0, 1).index_select(0, real)  # (N, H * D)

@@ -67,12 +67,13 @@ class FusedSwiGLU(torch.autograd.Function):
 
 def like_a_gpu(monkeypatch) -> None:
     """Makes pretended CPU tensors keep what the GPU's kernels keep: dropout one byte a number, the norm no copy, SwiGLU its
-    inputs."""
+    inputs, attention no probabilities."""
 
     def dropout(x, probability, training):
         return torch.native_dropout(x, probability, True)[0] if training and probability else x
 
     monkeypatch.setattr("llm2vec_min.model.dropout", dropout)
     monkeypatch.setattr("llm2vec_min.lora.dropout", dropout)
+    monkeypatch.setattr("llm2vec_min.model.SHORT", 0)  # no attention by hand
     monkeypatch.setattr("llm2vec_min.model.swiglu", FusedSwiGLU.apply)
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight))

@@ -199,8 +199,28 @@ def test_attention_by_hand_is_torchs(causal, padding):
     q, k, v = (torch.randn(3, heads, 11, 8) for heads in (4, 2, 2))
     mask = attention_mask(random_batch(padding=padding)[1], 11, causal=causal)
     torch.manual_seed(0)
-    expected = ours.attend(q, k, v, mask, causal, 0.0)
-    torch.testing.assert_close(ours.attend(q, k, v, mask, causal, 1e-9), expected, **TOLERANCE)
+    expected = ours.attend(q, k, v, mask, causal)
+    torch.testing.assert_close(ours.attend(q, k, v, mask, causal, 1e-9, True), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("padding", [None, "right"])
+@pytest.mark.parametrize("causal", [True, False])
+def test_short_rows_in_bfloat16_train_by_hand(causal, padding, monkeypatch):
+    """To what torch's kernel gives in float64, with gradients, and without that kernel."""
+    mask = attention_mask(random_batch(padding=padding)[1], 11, causal=causal)
+    tensors = [torch.randn(3, heads, 11, 8).bfloat16().requires_grad_() for heads in (4, 2, 2)]
+    exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
+    expected = ours.attend(*exact, mask, causal, 0.3, False)
+    expected.square().sum().backward()
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+    result = ours.attend(*tensors, mask, causal, 0.0, True)
+    result.double().square().sum().backward()
+    loose = dict(rtol=5e-2, atol=5e-2)
+    torch.testing.assert_close(result.double(), expected, **loose)
+    for tensor, other in zip(tensors, exact, strict=True):
+        torch.testing.assert_close(tensor.grad.double(), other.grad, **loose)
+    with pytest.raises(TypeError, match="not callable"):  # one token more
+        ours.attend(*(torch.randn(1, 2, ours.SHORT + 1, 8).bfloat16() for _ in "qkv"), None, causal, 0.0, True)
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.3])

@@ -16,6 +16,7 @@ from ..config import ModelConfig
 from ..device import DTYPES, world_size
 from ..files import read_json, short
 from ..hub import resolve
+from ..model import SHORT
 from .loop import Settings
 from .mntp import LOGITS_AT_ONCE
 
@@ -130,8 +131,9 @@ def plan(
 
     # ---- memory ----
     kept = kept_per_token(config, settings, size, on_gpu) * tokens
-    if not on_gpu and settings.attention_dropout and is_simcse:  # probabilities: softmax, dropped, and which
-        kept += rows * config.num_attention_heads * T * T * (4 + 2 * size)
+    noisy = is_simcse and settings.attention_dropout > 0
+    if not on_gpu and (noisy or size == 2 and T <= SHORT):  # `attend` by hand; the softmax, its copy, and what was dropped
+        kept += rows * config.num_attention_heads * T * T * (4 + (2 if noisy else 1) * size)
     states = tokens * C * size
     whole = layers if not sharded else layers / processes + 2 * count["layer"]  # two: one runs, the next one arrives
     passing = tokens * (config.intermediate_size + 3 * C) * size  # while a layer's gradient is on its way

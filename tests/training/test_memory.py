@@ -89,6 +89,7 @@ CKPT = dict(gradient_checkpointing=True)
         ("1.3b", "mntp", {}),
         ("1.3b", "mntp", dict(micro_batch_size=4)),
         ("1.3b", "mntp", dict(lora_dropout=0.0, lora_r=64)),
+        ("1.3b", "mntp", dict(batch_size=128, max_length=128)),
         ("1.3b", "simcse", dict(batch_size=128, max_length=128, micro_batch_size=16)),
         ("llama-2-7b", "mntp", CKPT),
         ("llama-2-7b", "mntp", CKPT | dict(micro_batch_size=8)),
