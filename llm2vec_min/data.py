@@ -145,7 +145,7 @@ def read_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
         fields = line.split("\t")
         try:
             score, (a, b) = float(fields[0]), fields[1:]
-            if not math.isfinite(score) or not a or not b:
+            if not math.isfinite(score) or "_" in fields[0] or not a or not b:  # 1_0 is Python's way to write 10
                 raise ValueError
         except ValueError:
             if not line:

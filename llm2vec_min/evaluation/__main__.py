@@ -23,7 +23,7 @@ from pathlib import Path
 from ..cli import add_model_flags, run
 from ..encoder import LLM2Vec, find_chain
 from ..files import write_json
-from .compare import measure, plot, read_tasks, report, rungs, table
+from .compare import KINDS, measure, plot, read_tasks, report, rungs, table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -66,7 +66,18 @@ def check(args: argparse.Namespace) -> dict[str, str]:
         path = getattr(args, name)
         if path and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{name} {path}: its folder does not exist")
-    return dict(text.split("=", 1) for text in args.instruction)
+        if path and Path(path).is_dir():
+            raise ValueError(f"--{name} {path}: is a folder, expected a file's name")
+    if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
+        raise ValueError(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
+    if twice := [name for name in args.compare if args.compare.count(name) > 1]:
+        raise ValueError(f"--compare {twice[0]}: named twice, each model has one column")
+    instructions = dict(text.split("=", 1) for text in args.instruction)
+    if len(instructions) < len(args.instruction):
+        raise ValueError("--instruction: one text for each kind of task, found two")
+    if idle := set(instructions) & set(KINDS) - {"words", *(task.partition(":")[0] for task in args.tasks)}:
+        raise ValueError(f"--instruction {min(idle)}: none of the --tasks is of this kind")
+    return instructions
 
 
 def main(argv: list[str]) -> None:

@@ -61,13 +61,14 @@ def resample(score: Score, resamples: int = RESAMPLES, seed: int = 0) -> tuple[f
 
 def interval(value: float, draws: np.ndarray) -> dict[str, float | None]:
     """A score as {"value", "low", "high"}, the 95 % interval, moved so that its centre is the value, because repeated rows
-    flatter some metrics (V-measure). All None where the score is not defined (all cosines equal), low and high with
-    fewer than FEWEST independent rows."""
+    flatter some metrics (V-measure), but not below 0 where no resample is. All None where the score is not defined (all cosines
+    equal), low and high with fewer than FEWEST independent rows."""
     if not math.isfinite(value):
         return {"value": None, "low": None, "high": None}
     if not np.isfinite(draws).any():
         return {"value": value, "low": None, "high": None}
-    low, high = np.clip(np.nanquantile(draws, [0.025, 0.975]) + value - np.nanmean(draws), -100, 100)
+    low, high = np.nanquantile(draws, [0.025, 0.975]) + value - np.nanmean(draws)
+    low, high = np.clip([low, high], min(0, value, np.nanmin(draws)), 100)
     return {"value": value, "low": float(low), "high": float(high)}
 
 
@@ -125,9 +126,9 @@ def measure(
     show_progress: bool = False,
 ) -> Measured:
     """Every metric of `read_tasks`' tasks, with its resamples; arguments as `evaluate`'s."""
-    for layer in layers or []:
-        if not 0 <= layer <= (last := l2v.decoder.config.num_hidden_layers):
-            raise ValueError(f"--layers {layer}: expected 0 (embeddings) to {last}, the last")
+    last = l2v.decoder.config.num_hidden_layers
+    if wrong := [layer for layer in layers or [] if not 0 <= layer <= last]:
+        raise ValueError(f"--layers {wrong[0]}: expected 0 (embeddings) to {last}, the last")
     measured, seeds = {}, resample_seeds(tasks)
     for name, (kind, data) in tqdm(tasks.items(), desc="scoring", unit="task", disable=not show_progress):
         more = [layers] if kind == "words" else []

@@ -239,7 +239,7 @@ def through_sentence_transformers(folder: Path, l2v: LLM2Vec) -> tuple[Encode, s
 
 
 def over_http(url: str, model: str) -> Encode:
-    """A server that speaks OpenAI's embedding protocol; the model is the first that it lists, else `model`.
+    """A server that speaks OpenAI's embedding protocol; asks it for `model` if it lists that or nothing, else for its first.
 
     Raises:
         ValueError: no such address, no answer, or another answer than embeddings.
@@ -257,7 +257,8 @@ def over_http(url: str, model: str) -> Encode:
     if not url.startswith(("http://", "https://")) or not url.endswith("/embeddings"):
         raise ValueError(f"--url {url}: expected http://HOST:PORT/.../embeddings")
     try:
-        model = ask(url.removesuffix("embeddings") + "models")["data"][0]["id"]
+        listed = [entry["id"] for entry in ask(url.removesuffix("embeddings") + "models")["data"]]
+        model = model if model in listed else listed[0]
     except (ValueError, KeyError, IndexError, TypeError):
         pass  # a server may list none
 
@@ -265,9 +266,12 @@ def over_http(url: str, model: str) -> Encode:
         answer = ask(url, {"model": model, "input": texts})
         try:
             rows = sorted(answer["data"], key=lambda row: row["index"])
-            return np.array([row["embedding"] for row in rows], dtype=np.float32)
+            vectors = np.array([row["embedding"] for row in rows], dtype=np.float32)
         except (KeyError, TypeError, ValueError):
             raise ValueError(f"--url {url}: expected data: [{{index, embedding}}, ...], found {str(answer)[:60]}") from None
+        if len(vectors) != len(texts):
+            raise ValueError(f"--url {url}: found {len(vectors)} vectors for {len(texts)} texts")
+        return vectors
 
     return encode
 
@@ -282,6 +286,8 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if args.library and args.url:
         raise ValueError("--with and --url look at two encoders, give one of them")
+    if args.tolerance is not None and not 0 <= args.tolerance < 2:  # no two vectors of length 1 are farther apart
+        raise ValueError(f"--tolerance is {args.tolerance}, expected a distance in [0, 2)")
     l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, dtype=args.dtype, device=args.device)
     folder, instruction = resolve(args.model), INSTRUCTION
 

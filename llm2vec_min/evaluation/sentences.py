@@ -97,7 +97,8 @@ def read_clustering(path: str | Path) -> dict[str, list]:
 
 
 def read_classification(paths: str) -> tuple[dict, dict]:
-    """Train and test rows of "TRAIN.tsv,TEST.tsv"; ValueError also where a label occurs in one of them only."""
+    """Train and test rows of "TRAIN.tsv,TEST.tsv"; ValueError also where a label occurs in one of them only, or all are
+    equal: any encoder would be right."""
     names = two_files(paths)
     both = [read_labelled(name) for name in names]
     for here, there in ((1, 0), (0, 1)):
@@ -106,6 +107,8 @@ def read_classification(paths: str) -> tuple[dict, dict]:
             if label not in known:
                 found = f"the label {label!r}, which does not occur in {names[there]}"
                 raise ValueError(f"{names[here]}:{number}: found {found}, expected one of {', '.join(known[:8])}")
+    if len(known) == 1:
+        raise ValueError(f"{names[0]}: every label is {known[0]!r}, expected at least 2 different ones")
     return both[0], both[1]
 
 
@@ -152,7 +155,9 @@ def read_retrieval(folder: str | Path) -> tuple[dict[str, str], dict[str, str], 
         for number, record in read_jsonl(path, _id=str, text=str):
             if record["_id"] in texts[-1]:
                 raise ValueError(f"{path}:{number}: the _id {record['_id']!r} was there before, expected each once")
-            texts[-1][record["_id"]] = f"{record.get('title') or ''} {record['text']}".strip()
+            if not isinstance(title := record.get("title") or "", str):
+                raise ValueError(f"{path}:{number}: the title is {title!r:.60}, expected a text")
+            texts[-1][record["_id"]] = f"{title} {record['text']}".strip()
         if not texts[-1]:
             raise ValueError(f"{path}: no text in it, expected JSON objects with _id and text")
     documents, queries = texts

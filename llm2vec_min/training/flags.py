@@ -154,7 +154,9 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     return parser
 
 
-ONLY_SUPERVISED = ("in_batch_negatives", "ratio", "symmetric", "filter_negatives", "matryoshka")
+READ_BY = {"mask_probability": "mntp", "mask_style": "mntp", "attention_dropout": "simcse"} | dict.fromkeys(
+    ("in_batch_negatives", "ratio", "symmetric", "filter_negatives", "matryoshka"), "supervised"
+)  # flags that one stage alone has a use for
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -163,9 +165,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--stage is {args.stage!r}, expected one of {', '.join(STAGES)}")
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(PRESETS)}")
-    for name in ONLY_SUPERVISED:  # whoever gives one expects it to do something
-        if args.stage != "supervised" and getattr(args, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: is for --stage supervised, {args.stage} does not read it")
+    for name, stage in READ_BY.items():  # whoever gives one expects it to do something
+        if args.stage != stage and getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: is for --stage {stage}, {args.stage} does not read it")
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
@@ -182,11 +184,15 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--mask-probability is {args.mask_probability}, expected a number in (0, 1]")
     if not 0 <= args.adam_beta2 < 1:
         raise ValueError(f"--adam-beta2 is {args.adam_beta2}, expected a number in [0, 1)")
-    if args.filter_negatives < 0:
-        raise ValueError(f"--filter-negatives is {args.filter_negatives}, expected a share of the positive's cosine, or 0")
+    if not 0 <= args.filter_negatives <= 1:
+        raise ValueError(f"--filter-negatives is {args.filter_negatives}, expected a share of the positive's cosine, 0 to 1")
     if args.stage in ("simcse", "supervised") and args.batch_size < 2:
         raise ValueError("--batch-size is 1: the negatives are the other texts of the batch, it needs at least 2")
-    if args.stage == "supervised" and not args.data and not default_data(args.stage, find_preset(args.preset or args.model)):
+    if (
+        args.stage == "supervised"
+        and not (args.data or args.dry_run)
+        and not default_data(args.stage, find_preset(args.preset or args.model))
+    ):
         raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
     if args.stage == "pretrain":
         if args.dry_run:

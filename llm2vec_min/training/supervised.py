@@ -100,8 +100,9 @@ def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float) -> lis
 
 def explain(l2v: LLM2Vec, batch: list[Triplet], in_batch: bool) -> str:
     """A batch in words: one triplet and how alike its texts are to the model, how many negatives, and the loss of guessing."""
-    t = max(batch[:32], key=lambda t: len(t.negatives) > 0)  # one with a negative, if there is
-    shown = [("query", t.query), ("positive", t.positive), *(("negative", text) for text in t.negatives[:1])]
+    rows = [t._replace(negatives=tuple(text for text in t.negatives if text != t.query)[:1]) for t in batch[:32]]
+    t = max(rows, key=lambda t: len(t.negatives))  # one with a negative that counts, if there is
+    shown = [("query", t.query), ("positive", t.positive), *(("negative", text) for text in t.negatives)]
     vectors = l2v.encode(flatten([t]), normalize=True)
     lines = [f"instruction of {'all texts' if t.symmetric else 'the query'}: {t.instruction}"] if t.instruction else []
     for (name, text), vector in zip(shown, vectors, strict=False):
@@ -133,7 +134,8 @@ def train_supervised(
         settings: `batch_size` counts triplets, `micro_batch_size` texts. Whole batches are compared, in however many
             micro-batches and processes they are computed.
     Raises:
-        ValueError: what `draw` refuses; an instruction that leaves no room for a text; a matryoshka size out of range.
+        ValueError: what `draw` refuses; an instruction that leaves no room for a text; a matryoshka size out of range; hard
+            negatives of which none is left, where only they count.
     """
     width = l2v.decoder.config.hidden_size
     if wrong := [size for size in settings.matryoshka if not 0 < size < width]:
@@ -142,12 +144,14 @@ def train_supervised(
     order = draw(sets, settings)
     long = "word " * settings.max_length
     l2v.tokenize([(instruction, long) for instruction in {t.instruction for t in triplets}], max_length=settings.max_length)
+    drawn = np.unique(np.concatenate(order))
     if settings.filter_negatives:
-        drawn = np.unique(np.concatenate(order))
         before = [triplets[i] for i in drawn]
         after = filter_negatives(l2v, before, settings.filter_negatives)
         for i, triplet in zip(drawn, after, strict=True):
             triplets[i] = triplet
+    if not settings.in_batch_negatives and not any(set(triplets[i].negatives) - {triplets[i].query} for i in drawn):
+        raise ValueError("--no-in-batch-negatives: no hard negative is left, all were filtered out or repeat their query")
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
     if not loop.quiet:
         words = explain(l2v, [triplets[i] for i in order[0]], settings.in_batch_negatives)  # in all processes or in none

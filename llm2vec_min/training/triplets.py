@@ -118,7 +118,7 @@ def read_triplets(
         triplets, dropped = read_file(path)
         sets.setdefault(name, []).extend(triplets)
         equal += dropped
-    factors = dict.fromkeys(sets, 1.0)
+    factors, said = dict.fromkeys(sets, 1.0), set()
     for text in ratios:
         name, _, value = text.rpartition("=")
         try:
@@ -127,6 +127,9 @@ def read_triplets(
             name = None
         if name not in sets or not 0 < factors[name] < np.inf:
             raise ValueError(f"--ratio {text}: expected NAME=NUMBER, above 0; the data sets are {', '.join(sets)}")
+        if name in said:
+            raise ValueError(f"--ratio {text}: {name} has a ratio already")
+        said.add(name)
     if unknown := set(symmetric or ()) - set(sets):
         raise ValueError(f"--symmetric {' '.join(unknown)}: not a data set; they are {', '.join(sets)}")
     for name in sets if symmetric == [] else symmetric or ():

@@ -53,6 +53,12 @@ def test_coverage():
     assert 88 <= inside <= 100
 
 
+def test_an_interval_leaves_the_metrics_range_no_more_than_its_resamples_do():
+    low = compare.interval(3.0, np.linspace(1, 40, 1000))  # V-measure of few rows: repeated ones flatter it
+    assert low["low"] == 0 and low["value"] == 3 and 3 < low["high"] < 40
+    assert compare.interval(3.0, np.linspace(-20, 40, 1000))["low"] < 0, "a correlation may be negative"
+
+
 def test_paired_test():
     rng = np.random.default_rng(0)
     hard = rng.normal(0.5, 0.2, 300)  # most of the variance is shared

@@ -266,7 +266,9 @@ def serve():
 
             def do_POST(self):
                 asked = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
-                assert self.path == "/v1/embeddings" and (not models or asked["model"] == models[0]["id"])
+                assert self.path == "/v1/embeddings"
+                known = [model["id"] for model in models] or ["tiny"]
+                assert asked["model"] == ("tiny" if "tiny" in known else known[0])
                 rows = [{"index": i, "embedding": v.tolist()} for i, v in enumerate(encode(asked["input"]))] if encode else []
                 self.answer({"data": rows[::-1]} if encode else {"error": "none"})
 
@@ -288,6 +290,9 @@ def test_behind_a_server(l2v, serve, capsys):
     out = capsys.readouterr().out
     assert "FAILED" not in out and "not seen  instruction" in out and "passed    agreement" in out
     doctor.main(["--model", "tiny", "--device", "cpu", "--url", serve(as_encode(l2v), models=())])
+    doctor.main(
+        ["--model", "tiny", "--device", "cpu", "--url", serve(as_encode(l2v), models=({"id": "other"}, {"id": "tiny"}))]
+    )
     capsys.readouterr()
     with pytest.raises(SystemExit, match="1"):
         doctor.main(["--model", "tiny", "--device", "cpu", "--url", serve(as_encode(l2v, causal=True))])
@@ -301,6 +306,8 @@ def test_mistakes(model_folder, serve):
         (["--url", "http://127.0.0.1:9/v1/embeddings"], "no usable answer"),
         (["--url", "http://127.0.0.1:PORT/v1/embeddings"], "no usable answer"),  # as --help writes it
         (["--url", serve(None)], r"expected data: \[{index, embedding}"),
+        (["--url", serve(lambda texts: np.ones((1, 8)))], "found 1 vectors for 7 texts"),
+        (["--tolerance", "nan"], r"--tolerance is nan, expected a distance in \[0, 2\)"),
         (["--url", "http://x/embeddings", "--with", "sentence-transformers"], "give one of them"),
     ):
         with pytest.raises(ValueError, match=message):

@@ -32,7 +32,8 @@ def test_files(tmp_path):
         ("a", {"a": COLUMNS}, "expected two files, TRAIN,TEST"),
         ("a,b", {"a": COLUMNS, "b": "The DT B-NP\ncat\n"}, "b:2: found 'cat', expected columns"),
         ("a,b", {"a": COLUMNS, "b": "\n\n"}, "b: no sentence in it"),
-        ("a,b", {"a": COLUMNS, "b": "The NOUN\n"}, "b: found the tags NOUN, expected those of .*a: B-NP, B-VP"),
+        ("a,b", {"a": COLUMNS, "b": "The NOUN\n"}, "b: found the tags NOUN on 1 of 1 words, expected those of .*a: B-NP, B-VP"),
+        ("a,b", {"a": "The O\n", "b": COLUMNS}, "b: found the tags B-NP, B-VP.* expected those of .*a: O"),
         ("a.conllu,b", {"a.conllu": "1\tx\ty\n", "b": COLUMNS}, "a.conllu:1: found .* ten columns"),
     ],
 )

@@ -50,8 +50,8 @@ def train_flags(model_folder, tmp_path, stage) -> list:
     text.write_text("\n".join(lines))
     return [
         "--stage", stage, "--model", model_folder, "--data", text, "--eval", "", "--device", "cpu", "--steps", STEPS,
-        "--batch-size", 8, "--max-length", 24, "--lr", 1e-3, "--lora-dropout", 0, "--attention-dropout", 0, "--save-every", 2,
-        "--warmup-steps", 0, "--temperature", 0.05,
+        "--batch-size", 8, "--max-length", 24, "--lr", 1e-3, "--lora-dropout", 0, "--save-every", 2, "--warmup-steps", 0,
+        "--temperature", 0.05, *(["--attention-dropout", 0] if stage == "simcse" else []),
     ]  # fmt: skip
 
 

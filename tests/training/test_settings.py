@@ -13,6 +13,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.lora import LoRALinear, add_lora
+from llm2vec_min.training.flags import READ_BY
 from llm2vec_min.training.loop import Loop, Settings
 from llm2vec_min.weights import save_adapter
 
@@ -143,12 +144,21 @@ VALUES = dict(
 )  # fmt: skip
 
 
-def test_flags_become_settings(start):
-    pairs = [word for name, value in VALUES.items() for word in (f"--{name.replace('_', '-')}", value)]
-    settings = next(x for x in start(*pairs, "--gradient-checkpointing") if isinstance(x, Settings))
-    found = {name: value for name, value in vars(settings).items() if name not in SUPERVISED}
-    expected = {f.name: type(f.default)(VALUES[f.name]) for f in fields(Settings) if f.name in VALUES}
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_flags_become_settings(start, stage):
+    other = {name for name, reader in READ_BY.items() if reader != stage}
+    pairs = [word for name in VALUES if name not in other for word in (f"--{name.replace('_', '-')}", VALUES[name])]
+    settings = next(x for x in start(*pairs, "--gradient-checkpointing", stage=stage) if isinstance(x, Settings))
+    found = {name: value for name, value in vars(settings).items() if name not in other}
+    expected = {f.name: type(f.default)(VALUES[f.name]) for f in fields(Settings) if f.name in VALUES.keys() - other}
     assert found == expected | {"gradient_checkpointing": True}
+
+
+def test_flags_of_another_stage(start):
+    for name, reader in READ_BY.items():
+        if name in VALUES:
+            with pytest.raises(ValueError, match=f"is for --stage {reader}, supervised does not read it"):
+                start(f"--{name.replace('_', '-')}", VALUES[name], stage="supervised")
 
 
 def layers(l2v) -> set:

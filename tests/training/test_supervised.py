@@ -222,6 +222,8 @@ def test_explanation(l2v):
     assert words[4] == "negatives of a query: 7 (3 other positives, 4 hard negatives, less what equals its query or positive)"
     assert words[5] == "loss of guessing: 2.079, the logarithm of 8 candidates"
     assert "negatives of a query: 0 to 3\n" in explain(l2v, CASES["lists"], False)
+    repeated = [Triplet("q", "p", ("q", "n")), *PLAIN]
+    assert "  n" in explain(l2v, repeated, True).splitlines()[2], "not the one that repeats the query, which is not counted"
     l2v.template = ("<|user|>", "")
     assert explain(l2v, PLAIN, True).splitlines()[0].startswith("query")
 
@@ -243,6 +245,12 @@ def test_refusals_before_the_first_step(l2v):
         run(l2v, some_triplets(5))
     with pytest.raises(ValueError, match="data set some has no negatives, which --no-in-batch-negatives leaves alone"):
         run(l2v, [t._replace(negatives=()) for t in some_triplets()], in_batch_negatives=False)
+    for triplets, more in (
+        ([t._replace(negatives=(t.query,)) for t in some_triplets()], {}),
+        ([t._replace(negatives=(t.query + "!", t.query)) for t in some_triplets()], {"filter_negatives": 0.01}),
+    ):
+        with pytest.raises(ValueError, match="no hard negative is left, all were filtered out or repeat their query"):
+            run(l2v, triplets, in_batch_negatives=False, **more)
     with pytest.raises(ValueError, match="leaves no room for the text within max_length 32"):
         run(l2v, [t._replace(instruction="many words " * 20) for t in some_triplets()])
 
@@ -398,8 +406,11 @@ def test_killed_run_resumes_to_the_same_weights(flags, tmp_path, monkeypatch):
         (["--batch-size", "50"], "data set some has 24 triplets, fewer than --batch-size 50"),
         (["--batch-size", "1"], "--batch-size is 1: the negatives are the other texts of the batch"),
         (["--filter-negatives", "-1"], "--filter-negatives is -1.0, expected a share"),
+        (["--filter-negatives", "95"], "--filter-negatives is 95.0, expected a share of the positive's cosine, 0 to 1"),
+        (["--attention-dropout", "0.1"], "--attention-dropout: is for --stage simcse, supervised does not read it"),
         (["--matryoshka", "99"], "--matryoshka 99: expected numbers from 1 to 63"),
         (["--ratio", "x=1"], "--ratio x=1: expected NAME=NUMBER"),
+        (["--ratio", "some=1", "some=2"], "--ratio some=2: some has a ratio already"),
     ],
 )
 def test_mistakes(flags, argv, message, tmp_path):
