@@ -13,9 +13,9 @@ from pathlib import Path
 RESULTS = Path(__file__).parent / "results"
 SETS = {
     "sts12": "STS12", "sts13": "STS13", "sts14": "STS14", "sts15": "STS15", "stsb_dev": "STS-B dev", "cranfield": "Cranfield",
-    "vaswani": "Vaswani", "search": "the shipped search", "trecqa": "TREC-QA", "banking77_test": "Banking77", "sst2_test": "SST-2",
-    "biomedical": "biomedical titles", "search_snippets": "search snippets", "conll2000_test": "CoNLL-2000, chunks",
-    "wnut17_test": "WNUT17, names", "ewt_test": "EWT, part of speech", "mean": "mean",
+    "vaswani": "Vaswani", "vaswani_4000": "Vaswani, 4,000 documents", "search": "the shipped search", "trecqa": "TREC-QA",
+    "banking77_test": "Banking77", "sst2_test": "SST-2", "biomedical": "biomedical titles", "search_snippets": "search snippets",
+    "conll2000_test": "CoNLL-2000, chunks", "wnut17_test": "WNUT17, names", "ewt_test": "EWT, part of speech", "mean": "mean",
 }  # fmt: skip
 METRICS = {
     "spearman": "Spearman", "ndcg_at_10": "nDCG@10", "map": "MAP", "accuracy": "accuracy", "v_measure": "V-measure",
@@ -25,7 +25,8 @@ METRICS = {
 MODELS = {
     "+ mntp": "+ MNTP", "+ simcse": "+ SimCSE", "supervised": "+ supervised", "causal-simcse": "causal + SimCSE",
     "bidirectional-simcse": "bidirectional + SimCSE", "simcse": "MNTP + SimCSE", "llm2vec": "MNTP + SimCSE",
-    "causal-simcse, weighted_mean": "causal + SimCSE, weighted mean",
+    "causal-simcse, weighted_mean": "causal + SimCSE, weighted mean", "mntp": "MNTP", "mntp-supervised": "MNTP + supervised",
+    "simcse-supervised": "MNTP + SimCSE + supervised",
 }  # fmt: skip
 STAGES = ("causal", "bidirectional", "+ mntp", "+ simcse", "+ supervised", "supervised")
 
