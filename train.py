@@ -106,7 +106,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         if rank() == 0:
             print(", ".join(f"{name}: {len(triplets):,} triplets" for name, triplets, _ in sets))
             if equal:
-                print(f"{equal:,} negatives equal their positive: left out")
+                print(f"{equal:,} negatives equal a positive of their query: left out")
     l2v = LLM2Vec.from_pretrained(
         args.model,
         adapters=args.adapter,
@@ -175,6 +175,8 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
         print(memory.describe(memory.plan_run(*shape)))
+        if args.stage == "supervised":
+            print("(for one hard negative of each query; with more of them there are more tokens)")
         return
     if args.deterministic:
         use_deterministic()

@@ -126,9 +126,10 @@ def measure(
     show_progress: bool = False,
 ) -> Measured:
     """Every metric of `read_tasks`' tasks, with its resamples; arguments as `evaluate`'s."""
-    last = l2v.decoder.config.num_hidden_layers
-    if wrong := [layer for layer in layers or [] if not 0 <= layer <= last]:
-        raise ValueError(f"--layers {wrong[0]}: expected 0 (embeddings) to {last}, the last")
+    if layers:  # an encoder that is asked for none need not be a decoder
+        last = l2v.decoder.config.num_hidden_layers
+        if wrong := [layer for layer in layers if not 0 <= layer <= last]:
+            raise ValueError(f"--layers {wrong[0]}: expected 0 (embeddings) to {last}, the last")
     measured, seeds = {}, resample_seeds(tasks)
     for name, (kind, data) in tqdm(tasks.items(), desc="scoring", unit="task", disable=not show_progress):
         more = [layers] if kind == "words" else []

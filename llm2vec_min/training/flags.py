@@ -89,8 +89,8 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     group = parser.add_argument_group("optimization")
     add(group, "--steps", "optimizer steps", type=int)
     add(group, "--batch-size", "sequences (supervised: triplets) per optimizer step, over all processes", type=int)
-    add(group, "--micro-batch-size", "sequences per forward pass of one process: less memory for the same result (simcse "
-        "and supervised, which counts texts: GradCache, one more forward pass); 0: its whole share of the batch", type=int)  # fmt: skip
+    add(group, "--micro-batch-size", "sequences (simcse: twins) per forward pass of one process: less memory for the same result "
+        "(simcse, and supervised, which counts texts: GradCache, one more forward pass); 0: its share of the batch", type=int)  # fmt: skip
     add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse and supervised", type=int)
     add(group, "--lr", "peak learning rate", type=float)
     add(group, "--warmup-steps", "steps of linear warmup", type=int)
@@ -116,13 +116,13 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--ratio", "supervised: draw a data set (by the name of its file) so many times as often as its size says",
         nargs="+", action="extend", default=[], metavar="NAME=2")  # fmt: skip
     add(group, "--symmetric", "supervised: data sets whose positives and negatives get the instruction too; no name: all",
-        nargs="*", metavar="NAME")  # fmt: skip
+        nargs="*", action="extend", metavar="NAME")  # fmt: skip
     add(group, "--in-batch-negatives", "supervised: compare with the batch's other positives and negatives, too",
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add(group, "--filter-negatives", "supervised: leave out hard negatives whose cosine, to the model as it starts, is above "
         "this share of the positive's, such as 0.95; 0: none", type=float)  # fmt: skip
     add(group, "--matryoshka", "supervised: train the first so many numbers of the vectors, too, to be used alone (embed.py "
-        "--dim)", nargs="+", type=int, default=[], metavar="DIM")  # fmt: skip
+        "--dim)", nargs="+", action="extend", type=int, default=[], metavar="DIM")  # fmt: skip
 
     group = parser.add_argument_group("machine")
     add(group, "--device", "cpu, cuda, cuda:1, mps; default: the first GPU if there is one")
@@ -154,9 +154,17 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     return parser
 
 
-READ_BY = {"mask_probability": "mntp", "mask_style": "mntp", "attention_dropout": "simcse"} | dict.fromkeys(
-    ("in_batch_negatives", "ratio", "symmetric", "filter_negatives", "matryoshka"), "supervised"
-)  # flags that one stage alone has a use for
+READ_BY = {  # flags that not every stage has a use for
+    **dict.fromkeys(("mask_probability", "mask_style"), ("mntp",)),
+    "attention_dropout": ("simcse",),
+    "temperature": ("simcse", "supervised"),
+    **dict.fromkeys(("in_batch_negatives", "ratio", "symmetric", "filter_negatives", "matryoshka"), ("supervised",)),
+    **dict.fromkeys(("adapter", "lora_r", "lora_alpha", "lora_dropout", "pooling", "causal"), ("mntp", "simcse", "supervised")),
+    **dict.fromkeys(
+        ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
+        ("pretrain",),
+    ),
+}
 
 
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
@@ -165,9 +173,9 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--stage is {args.stage!r}, expected one of {', '.join(STAGES)}")
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(PRESETS)}")
-    for name, stage in READ_BY.items():  # whoever gives one expects it to do something
-        if args.stage != stage and getattr(args, name) != parser.get_default(name):
-            raise ValueError(f"--{name.replace('_', '-')}: is for --stage {stage}, {args.stage} does not read it")
+    for name, stages in READ_BY.items():  # whoever gives one expects it to do something
+        if args.stage not in stages and getattr(args, name) != parser.get_default(name):
+            raise ValueError(f"--{name.replace('_', '-')}: is for --stage {' or '.join(stages)}, {args.stage} does not read it")
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
@@ -186,7 +194,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--adam-beta2 is {args.adam_beta2}, expected a number in [0, 1)")
     if not 0 <= args.filter_negatives <= 1:
         raise ValueError(f"--filter-negatives is {args.filter_negatives}, expected a share of the positive's cosine, 0 to 1")
-    if args.stage in ("simcse", "supervised") and args.batch_size < 2:
+    if args.batch_size < 2 and (args.stage == "simcse" or args.stage == "supervised" and args.in_batch_negatives):
         raise ValueError("--batch-size is 1: the negatives are the other texts of the batch, it needs at least 2")
     if (
         args.stage == "supervised"

@@ -316,8 +316,9 @@ class Loop:
             if good > 0:
                 self._save_checkpoint(good)
             raise ValueError(
-                f"{MOST_SKIPPED} steps in a row up to {step} were not finite ({what}); lower --lr or use --dtype float32"
-                + (f". The state after step {good} is saved" if good > 0 and self.output else "")
+                f"{MOST_SKIPPED} steps in a row up to {step} were not finite ({what}); start anew with a lower --lr or "
+                "--dtype float32, and --overwrite"
+                + (f". The state after step {good} is saved, for --resume as it was" if good > 0 and self.output else "")
             )
 
     def _catch_signals(self) -> dict:

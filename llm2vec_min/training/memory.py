@@ -167,7 +167,8 @@ def fit(config: ModelConfig, settings: Settings, stage: str, free: float, said: 
         machine: as for `plan`.
     """
     share = units(settings, stage, machine.get("processes", 1))
-    sizes = [0, *(share >> n for n in range(1, share.bit_length()))]  # all, half, a quarter ... one
+    whole = share if stage == "supervised" else 0  # as a number: queries with many negatives bring more texts than planned
+    sizes = [whole, *(share >> n for n in range(1, share.bit_length()))]  # all, half, a quarter ... one
     sizes = [settings.micro_batch_size] if "micro_batch_size" in said else sizes
     kinds = [settings.gradient_checkpointing] if "gradient_checkpointing" in said else [False, True]
     ways = [replace(settings, micro_batch_size=size, gradient_checkpointing=kind) for size in sizes for kind in kinds]
@@ -235,7 +236,7 @@ def describe(plan: Plan) -> str:
     """The plan as a table for people."""
     lines = [
         f"parameters        {plan.parameters:>16,}",
-        f"trained           {plan.trained:>16,}  ({plan.trained / plan.parameters:.2%})",
+        f"trained           {plan.trained:>16,}  ({plan.trained / (plan.parameters + plan.trained):.2%})",
         f"tokens per step   {plan.tokens:>16,}  at most",
         f"operations per step {sum(plan.operations.values()) / 1e12:>14,.2f}  x 10^12",
         *(f"    {name:<30} {value / 1e12:>9,.2f}" for name, value in plan.operations.items()),

@@ -20,7 +20,7 @@ from ..encoder import LLM2Vec
 from ..pooling import pool
 from .loop import Loop, Settings
 from .simcse import backward, info_nce
-from .triplets import DataSet, Triplet, draw
+from .triplets import DataSet, Triplet, check_negatives, draw
 
 
 def flatten(triplets: list[Triplet]) -> list[tuple[str, str]]:
@@ -38,7 +38,7 @@ def owners(triplets: list[Triplet]) -> np.ndarray:
 def count_candidates(triplets: list[Triplet], in_batch: bool = True) -> Tensor:
     """Which candidates each query is compared with, (B, N) bool: its positive, and those that are wrong answers to it.
 
-    A candidate that says the query itself again, or a positive of that query in any row, is no wrong answer.
+    A candidate that says the query itself again, or a positive of that query in any row of the batch, is no wrong answer.
 
     Args:
         in_batch: whether other rows' positives and negatives are compared with, or only the query's own.
@@ -84,13 +84,13 @@ def share_out(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
     return dealt[rank()], places
 
 
-def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float) -> list[Triplet]:
+def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float, max_length: int | None = None) -> list[Triplet]:
     """Without the hard negatives whose cosine with the query is above `share` of the positive's: most are right answers
-    that nobody marked (arXiv 2407.15831). The model judges as it is now."""
+    that nobody marked (arXiv 2407.15831). The model judges as it is now, the texts as they are trained on."""
     kept = []
     for start in range(0, len(triplets), 512):
         rows = triplets[start : start + 512]
-        vectors = l2v.encode(flatten(rows), normalize=True)
+        vectors = l2v.encode(l2v.tokenize(flatten(rows), max_length=max_length), normalize=True)
         cosines = np.einsum("nc,nc->n", vectors[owners(rows)], vectors[len(rows) :])  # of every candidate with its query
         negatives = iter(cosines[len(rows) :])
         for t, positive in zip(rows, cosines, strict=False):
@@ -134,24 +134,28 @@ def train_supervised(
         settings: `batch_size` counts triplets, `micro_batch_size` texts. Whole batches are compared, in however many
             micro-batches and processes they are computed.
     Raises:
-        ValueError: what `draw` refuses; an instruction that leaves no room for a text; a matryoshka size out of range; hard
-            negatives of which none is left, where only they count.
+        ValueError: what `draw` refuses; an instruction that leaves no room for a text; a matryoshka size out of range; a data
+            set whose hard negatives are all filtered out, where only they count.
     """
     width = l2v.decoder.config.hidden_size
+    if len(set(settings.matryoshka)) < len(settings.matryoshka):
+        raise ValueError(f"--matryoshka {' '.join(map(str, settings.matryoshka))}: expected each size once")
     if wrong := [size for size in settings.matryoshka if not 0 < size < width]:
         raise ValueError(f"--matryoshka {wrong[0]}: expected numbers from 1 to {width - 1}, the whole vector has {width}")
     triplets = [triplet for data in sets for triplet in data.triplets]
     order = draw(sets, settings)
     long = "word " * settings.max_length
     l2v.tokenize([(instruction, long) for instruction in {t.instruction for t in triplets}], max_length=settings.max_length)
-    drawn = np.unique(np.concatenate(order))
     if settings.filter_negatives:
+        drawn = np.unique(np.concatenate(order))
         before = [triplets[i] for i in drawn]
-        after = filter_negatives(l2v, before, settings.filter_negatives)
+        after = filter_negatives(l2v, before, settings.filter_negatives, settings.max_length)
         for i, triplet in zip(drawn, after, strict=True):
             triplets[i] = triplet
-    if not settings.in_batch_negatives and not any(set(triplets[i].negatives) - {triplets[i].query} for i in drawn):
-        raise ValueError("--no-in-batch-negatives: no hard negative is left, all were filtered out or repeat their query")
+        ends = np.cumsum([len(data.triplets) for data in sets])
+        for data, rows in zip(sets, np.split(drawn, np.searchsorted(drawn, ends[:-1])), strict=True):
+            if len(rows):
+                check_negatives(f"{data.name}, filtered,", [triplets[i] for i in rows], settings)
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
     if not loop.quiet:
         words = explain(l2v, [triplets[i] for i in order[0]], settings.in_batch_negatives)  # in all processes or in none

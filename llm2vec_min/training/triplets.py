@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
 
@@ -61,24 +62,25 @@ def texts_of(record: dict, field: str, where: str) -> list[str]:
 
 
 def read_file(path: Path) -> tuple[list[Triplet], int]:
-    """A file's triplets, one for each positive, and how many negatives equal a positive of theirs; those are left out."""
+    """A file's triplets, one for each positive, and how many negatives equal a positive of their line; those are left out."""
     in_echo_data = path.parent.name == "echo-data"
     usual = ECHO_DATA.get(path.name.split(".")[0], "") if in_echo_data else ""
     triplets, equal = [], 0
-    for number, line in numbered_lines(path):
+    for number, line in numbered_lines(path, report=True):
         if not line:
             continue
         where = f"{path}:{number}"
         try:
             record = json.loads(line)
-        except (json.JSONDecodeError, RecursionError) as error:
+        except (ValueError, RecursionError) as error:
             raise ValueError(f"{where}: is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
         (query, *rest), positives, found = (texts_of(record, field, where) for field in ("query", "positive", "negative"))
-        instruction = record.get("instruction") or (usual and usual.removeprefix("=") + ";")
-        if rest or not isinstance(instruction, str):
+        own = record.get("instruction")
+        if rest or not isinstance(own, str | None):
             raise ValueError(f'{where}: "query" and "instruction" are one text each')
+        instruction = "".join(texts_of(record, "instruction", where)) if own else usual and usual.removeprefix("=") + ";"
         negatives = tuple(text for text in found if text not in positives)
         equal += len(found) - len(negatives)
         triplets += [Triplet(query, positive, negatives, instruction, usual.startswith("=")) for positive in positives]
@@ -98,11 +100,11 @@ def read_triplets(
         symmetric: names of data sets whose positives and negatives get the instruction too; empty: all of them.
         ratios: "name=2": that one is drawn twice as often as its size says.
     Returns:
-        Data sets, and the number of negatives that were left out because they equal their positive.
+        Data sets, and the number of negatives that were left out because they equal a positive of their query, in any line.
     Raises:
         ValueError: file, line and what is wrong there; a name that is none.
     """
-    paths = [Path(path) for path in paths]
+    paths = [Path(path).absolute() for path in paths]  # a bare name has a folder, too
     stems = {path: path.name.split(".")[0] for path in paths}
     sets, origins, equal = {}, {}, 0
     for path in paths:
@@ -113,11 +115,20 @@ def read_triplets(
             same = {other for other in paths if (other.parent, stems[other]) == (path.parent, name)}
             name = f"{path.parent.name}/{name if len(same) == 1 else path.name}"
         first = origins.setdefault(name, path)
-        if first != path and not first.parent.name == path.parent.name == "echo-data":
+        halves = first.parent.name == path.parent.name == "echo-data" and stems[first] != stems[path]
+        if first != path and not halves:
             raise ValueError(f"{first} and {path} would both be the data set {name}; rename one, or its folder")
         triplets, dropped = read_file(path)
         sets.setdefault(name, []).extend(triplets)
         equal += dropped
+    for triplets in sets.values():
+        right = defaultdict(set)
+        for t in triplets:
+            right[t.query].add(t.positive)
+        for i, t in enumerate(triplets):
+            if left := right[t.query].intersection(t.negatives):
+                triplets[i] = t._replace(negatives=tuple(text for text in t.negatives if text not in left))
+                equal += len(t.negatives) - len(triplets[i].negatives)
     factors, said = dict.fromkeys(sets, 1.0), set()
     for text in ratios:
         name, _, value = text.rpartition("=")
@@ -132,24 +143,36 @@ def read_triplets(
         said.add(name)
     if unknown := set(symmetric or ()) - set(sets):
         raise ValueError(f"--symmetric {' '.join(unknown)}: not a data set; they are {', '.join(sets)}")
+    if symmetric is not None and not any(t.instruction for name in symmetric or sets for t in sets[name]):
+        raise ValueError("--symmetric: none of these data sets has an instruction to put before the others too")
     for name in sets if symmetric == [] else symmetric or ():
         sets[name] = [triplet._replace(symmetric=True) for triplet in sets[name]]
     return [DataSet(name, triplets, factors[name]) for name, triplets in sets.items()], equal
 
 
+def check_negatives(name: str, triplets: list[Triplet], settings: Settings) -> None:
+    """ValueError for a data set in which no query has a wrong answer: its loss is 0, and nothing is learned."""
+    if any(text != t.query for t in triplets for text in t.negatives):
+        return
+    if not settings.in_batch_negatives:
+        raise ValueError(f"data set {name} has no hard negatives (that differ from their query), and --no-in-batch-negatives "
+                         "leaves nothing else to learn from")  # fmt: skip
+    if len({t.positive for t in triplets}) == 1:
+        raise ValueError(f"data set {name} has one positive for all queries and no hard negatives: nothing to tell apart")
+
+
 def draw(sets: list[DataSet], settings: Settings) -> list[np.ndarray]:
     """The batch of each step, (B,) numbers of triplets counted through all data sets. One batch, one data set; which, is
-    drawn in proportion to size and ratio, and within it each triplet comes once an epoch.
+    drawn in proportion to size and ratio, and within it each triplet comes at most once an epoch.
 
     Raises:
-        ValueError: a data set that is smaller than a batch, or has no negative where only hard ones count.
+        ValueError: a data set that is smaller than a batch, or has nothing to tell apart.
     """
     for name, triplets, _ in sets:
         if len(triplets) < settings.batch_size:
             raise ValueError(f"data set {name} has {len(triplets)} triplets, fewer than --batch-size {settings.batch_size}: "
                              "lower that, or join small data sets in one file")  # fmt: skip
-        if not settings.in_batch_negatives and not any(triplet.negatives for triplet in triplets):
-            raise ValueError(f"data set {name} has no negatives, which --no-in-batch-negatives leaves alone to learn from")
+        check_negatives(name, triplets, settings)
     weights = np.array([len(triplets) * ratio for _, triplets, ratio in sets])
     chosen = np.random.default_rng(settings.seed).choice(len(sets), settings.steps, p=weights / weights.sum())
     orders = [batches(len(triplets), settings.batch_size, settings.seed) for _, triplets, _ in sets]

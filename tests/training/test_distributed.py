@@ -51,7 +51,7 @@ def train_flags(model_folder, tmp_path, stage) -> list:
     return [
         "--stage", stage, "--model", model_folder, "--data", text, "--eval", "", "--device", "cpu", "--steps", STEPS,
         "--batch-size", 8, "--max-length", 24, "--lr", 1e-3, "--lora-dropout", 0, "--save-every", 2, "--warmup-steps", 0,
-        "--temperature", 0.05, *(["--attention-dropout", 0] if stage == "simcse" else []),
+        *(["--temperature", 0.05] if stage != "mntp" else []), *(["--attention-dropout", 0] if stage == "simcse" else []),
     ]  # fmt: skip
 
 

@@ -169,7 +169,9 @@ def test_five_in_a_row_stop_and_the_last_good_state_is_saved(model_folder, tmp_p
     settings = dict(steps=12, save_every=100)
     with monkeypatch.context() as patch:
         poison(patch, range(3, 99))
-        with pytest.raises(ValueError, match="5 steps in a row up to 8 were not finite.*lower --lr.*after step 3 is saved"):
+        with pytest.raises(
+            ValueError, match="5 steps in a row up to 8 were not finite.*lower --lr.*after step 3 is saved, for --resume"
+        ):
             train(model_folder, "mntp", tmp_path, settings=settings)
     resumed, loop = train(model_folder, "mntp", tmp_path, settings=settings, resume=True)
     assert loop.start == 3

@@ -171,5 +171,7 @@ def test_the_fastest_way_that_fits():
     told = replace(settings, micro_batch_size=8, gradient_checkpointing=True)
     triplets = fit(small, Settings(batch_size=512), "supervised", 80e9)
     assert triplets.micro_batch_size == 48 and not triplets.gradient_checkpointing, "a 32nd of 1536 texts"
+    few = fit(small, Settings(batch_size=16), "supervised", 80e9)
+    assert few.micro_batch_size == 48, "never all there is: lists of negatives may bring more than the three texts of a row"
     said = fit(config, told, "mntp", 80e9, {"micro_batch_size", "gradient_checkpointing"})
     assert said == told, "what the user has said stays"

@@ -146,7 +146,7 @@ VALUES = dict(
 
 @pytest.mark.parametrize("stage", ["mntp", "simcse"])
 def test_flags_become_settings(start, stage):
-    other = {name for name, reader in READ_BY.items() if reader != stage}
+    other = {name for name, stages in READ_BY.items() if stage not in stages}
     pairs = [word for name in VALUES if name not in other for word in (f"--{name.replace('_', '-')}", VALUES[name])]
     settings = next(x for x in start(*pairs, "--gradient-checkpointing", stage=stage) if isinstance(x, Settings))
     found = {name: value for name, value in vars(settings).items() if name not in other}
@@ -155,10 +155,12 @@ def test_flags_become_settings(start, stage):
 
 
 def test_flags_of_another_stage(start):
-    for name, reader in READ_BY.items():
+    for name, stages in READ_BY.items():
         if name in VALUES:
-            with pytest.raises(ValueError, match=f"is for --stage {reader}, supervised does not read it"):
-                start(f"--{name.replace('_', '-')}", VALUES[name], stage="supervised")
+            for stage in {"pretrain", "mntp", "simcse", "supervised"} - set(stages):
+                message = f"is for --stage {' or '.join(stages)}, {stage} does not read it"
+                with pytest.raises(ValueError, match=message):
+                    start(f"--{name.replace('_', '-')}", VALUES[name], stage=stage)
 
 
 def layers(l2v) -> set:

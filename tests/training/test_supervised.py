@@ -197,6 +197,13 @@ def test_filter_drops_what_is_nearer_than_its_share_of_the_positive(l2v):
     assert left == sorted(set(left)) and left[-1] < sum(len(t.negatives) for t in triplets), "each share keeps another number"
 
 
+def test_filter_reads_as_far_as_training_does(l2v):
+    one, other = ("a cat sat down " * 8 + end for end in ("and slept", "1984 " * 8))
+    rows = [Triplet("cats", one, (other,)), Triplet("cats", other, (one,))]
+    left = {size: sum(len(t.negatives) for t in filter_negatives(l2v, rows, 0.9999, size)) for size in (8, 512)}
+    assert left == {8: 0, 512: 1}, "cut at 8 tokens both texts are one; whole, one of them is nearer"
+
+
 def test_filter_in_training_is_said_and_used(l2v, capsys):
     triplets = [Triplet(f"{i} cats", f"{i} dogs", (f"{i} cats", "what?")) for i in range(8)]
     settings = Settings(steps=1, batch_size=8, max_length=32, filter_negatives=1.01)
@@ -243,14 +250,21 @@ def test_refusals_before_the_first_step(l2v):
         run(l2v, matryoshka=(8, 64))
     with pytest.raises(ValueError, match="data set some has 5 triplets, fewer than --batch-size 8"):
         run(l2v, some_triplets(5))
-    with pytest.raises(ValueError, match="data set some has no negatives, which --no-in-batch-negatives leaves alone"):
+    with pytest.raises(ValueError, match="data set some has no hard negatives .* --no-in-batch-negatives leaves nothing else"):
         run(l2v, [t._replace(negatives=()) for t in some_triplets()], in_batch_negatives=False)
-    for triplets, more in (
-        ([t._replace(negatives=(t.query,)) for t in some_triplets()], {}),
-        ([t._replace(negatives=(t.query + "!", t.query)) for t in some_triplets()], {"filter_negatives": 0.01}),
-    ):
-        with pytest.raises(ValueError, match="no hard negative is left, all were filtered out or repeat their query"):
-            run(l2v, triplets, in_batch_negatives=False, **more)
+    with pytest.raises(ValueError, match="data set some has no hard negatives"):
+        run(l2v, [t._replace(negatives=(t.query,)) for t in some_triplets()], in_batch_negatives=False)
+    with pytest.raises(ValueError, match="one positive for all queries and no hard negatives: nothing to tell apart"):
+        run(l2v, [t._replace(positive="science", negatives=()) for t in some_triplets()])
+    alike = [t._replace(negatives=(t.query + "!", t.query)) for t in some_triplets()]
+    with pytest.raises(ValueError, match="data set some, filtered, has no hard negatives .that differ from their query"):
+        run(l2v, alike, in_batch_negatives=False, filter_negatives=0.01)
+    sets = [DataSet("kept", some_triplets()), DataSet("lost", alike)]
+    with pytest.raises(ValueError, match="data set lost, filtered,"):
+        settings = Settings(steps=8, batch_size=8, max_length=32, in_batch_negatives=False, filter_negatives=0.9)
+        supervised.train_supervised(l2v, sets, settings, quiet=True)
+    with pytest.raises(ValueError, match="--matryoshka 8 8: expected each size once"):
+        run(l2v, matryoshka=(8, 8))
     with pytest.raises(ValueError, match="leaves no room for the text within max_length 32"):
         run(l2v, [t._replace(instruction="many words " * 20) for t in some_triplets()])
 
@@ -285,9 +299,13 @@ def test_files(tmp_path):
     sets, equal = read_triplets([plain, lists, other], symmetric=["b"], ratios=["a=2", "c=0.5"])
     assert [(s.name, s.ratio) for s in sets] == [("a", 2), ("b", 1), ("c", 0.5)]
     assert sets[0].triplets == [Triplet("q", "p", ("n",)), Triplet("q", "p")]
+    again = write(tmp_path / "again.jsonl", {"query": "q", "positive": "p", "negative": ["r", "n"]}, {"query": "q", "positive": "r"},
+                  {"query": "s", "positive": "t", "negative": "r"})  # fmt: skip
+    (others,), left_out = read_triplets([again])
+    assert [t.negatives for t in others.triplets] == [("n",), (), ("r",)] and left_out == 1, "right for q in any line"
     assert sets[1].triplets == [Triplet("q", text, ("n", "m"), "Find:", True) for text in "xy"] and equal == 2
-    everywhere, _ = read_triplets([plain, plain, other], symmetric=[])
-    assert all(t.symmetric for s in everywhere for t in s.triplets) and len(everywhere[0].triplets) == 4
+    everywhere, _ = read_triplets([plain, lists, lists, other], symmetric=[])
+    assert all(t.symmetric for s in everywhere for t in s.triplets) and len(everywhere[1].triplets) == 4
     (tmp_path / "more").mkdir()
     same = write(tmp_path / "more" / "a.jsonl", {"query": "q", "positive": "p"})
     assert [s.name for s in read_triplets([plain, same])[0]] == [f"{tmp_path.name}/a", "more/a"]
@@ -302,9 +320,12 @@ def test_files(tmp_path):
     deep.write_text('{"query":' + "[" * 100_000)
     with pytest.raises(ValueError, match="deep.jsonl:1: is not JSON"):
         read_triplets([deep])
+    deep.write_text('{"query": ' + "1" * 5000 + "}")  # more digits than Python reads
+    with pytest.raises(ValueError, match="deep.jsonl:1: is not JSON"):
+        read_triplets([deep])
 
 
-def test_the_authors_folder(tmp_path):
+def test_the_authors_folder(tmp_path, monkeypatch):
     folder = tmp_path / "echo-data"
     folder.mkdir()
     row = {"query": "q", "positive": "p", "negative": "n"}
@@ -316,6 +337,10 @@ def test_the_authors_folder(tmp_path):
     assert symmetric.instruction == "Retrieve semantically similar text;"
     assert [t.symmetric for t in (asymmetric, symmetric, *sets[1].triplets)] == [False, True, False]
     assert sets[2].triplets[0].instruction == ""
+    monkeypatch.chdir(folder)
+    assert read_triplets([path.name for path in paths])[0] == sets, "also seen from inside"
+    with pytest.raises(ValueError, match="would both be the data set nq"):
+        read_triplets([paths[2], write(folder / "nq.jsonl.gz", row)])
     assert read_triplets([write(tmp_path / "nq.jsonl", row)])[0][0].triplets[0].instruction == "", "in that folder only"
 
 
@@ -333,6 +358,8 @@ def test_the_authors_folder(tmp_path):
         ({"query": "q", "positive": "p", "negative": 3}, r'a.jsonl:2: "negative" is 3, expected a text or a list'),
         ({"query": ["q", "r"], "positive": "p"}, r'a.jsonl:2: "query" and "instruction" are one text each'),
         ({"query": "q", "positive": "p", "instruction": 3}, r'a.jsonl:2: "query" and "instruction" are one text each'),
+        ({"query": "q", "positive": "p", "instruction": []}, r'a.jsonl:2: "query" and "instruction" are one text each'),
+        ('{"query": "q", "positive": "p", "instruction": "\\ud83d"}', 'a.jsonl:2: "instruction" holds half of a surrogate'),
     ],
 )
 def test_bad_lines(tmp_path, line, message):
@@ -348,6 +375,8 @@ def test_bad_names_and_files(tmp_path):
             read_triplets([path], ratios=[ratio])
     with pytest.raises(ValueError, match="--symmetric b: not a data set; they are a$"):
         read_triplets([path], symmetric=["b"])
+    with pytest.raises(ValueError, match="--symmetric: none of these data sets has an instruction"):
+        read_triplets([path], symmetric=[])
     with pytest.raises(ValueError, match="empty.jsonl: no triplet in it"):
         read_triplets([write(tmp_path / "empty.jsonl", "")])
     with pytest.raises(ValueError, match="nowhere.jsonl: not a readable text file"):
@@ -359,7 +388,10 @@ def test_bad_names_and_files(tmp_path):
 
 @pytest.fixture
 def flags(tmp_path, model_folder):
-    records = [{"query": t.query, "positive": t.positive, "negative": [*t.negatives, t.positive]} for t in some_triplets()]
+    records = [
+        {"query": t.query, "positive": t.positive, "negative": [*t.negatives, t.positive], "instruction": "Find:"}
+        for t in some_triplets()
+    ]
     path = write(tmp_path / "some.jsonl", *records)
     return ["--stage", "supervised", "--model", str(model_folder), "--data", str(path), "--steps", "4", "--batch-size", "8",
             "--max-length", "32", "--device", "cpu", "--output", str(tmp_path / "run")]  # fmt: skip
@@ -372,12 +404,19 @@ def test_command_keeps_direction_pooling_and_template(flags, tmp_path, capsys):
     flags[3] = str(tmp_path / "start")
     train.main(flags)
     out = capsys.readouterr().out
-    assert "some: 24 triplets\n24 negatives equal their positive: left out" in out and "loss of guessing" in out
+    assert "some: 24 triplets\n24 negatives equal a positive of their query: left out" in out and "loss of guessing" in out
     run = LLM2Vec.from_pretrained(tmp_path / "run", device="cpu")
     assert (run.causal, run.pooling, run.template) == (True, "last", ("[INST] ", " [/INST]"))
     arguments = json.loads((tmp_path / "run" / "train_args.json").read_text())
     assert arguments["temperature"] == 0.02 and arguments["warmup_steps"] == 300 and arguments["lr"] == 2e-4
     assert json.loads((tmp_path / "run" / "llm2vec_config.json").read_text())["stage"] == "supervised"
+
+
+def test_flags_given_twice_add_up_and_a_batch_of_one_has_hard_negatives(flags, tmp_path):
+    train.main([*flags, "--batch-size", "1", "--no-in-batch-negatives", "--matryoshka", "8", "--matryoshka", "16",
+                "--symmetric", "some", "--symmetric", "some", "--steps", "1"])  # fmt: skip
+    arguments = json.loads((tmp_path / "run" / "train_args.json").read_text())
+    assert arguments["matryoshka"] == [8, 16] and arguments["symmetric"] == ["some", "some"]
 
 
 def test_killed_run_resumes_to_the_same_weights(flags, tmp_path, monkeypatch):
