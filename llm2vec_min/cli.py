@@ -19,7 +19,12 @@ def refuse(message: str) -> NoReturn:
     raise ValueError(message)
 
 
-def add_model_flags(parser: argparse.ArgumentParser, default: str | None = None) -> None:
+def add_model_flags(
+    parser: argparse.ArgumentParser,
+    default: str | None = None,
+    device: str = "the first GPU if there is one",
+    dtype: str = "bfloat16 on a GPU, float32 on the CPU",
+) -> None:
     """The flags of every command that uses an encoder: which one, and how it runs."""
     parser.error = refuse
     shown = f" [{default}]" if default else ""
@@ -27,8 +32,8 @@ def add_model_flags(parser: argparse.ArgumentParser, default: str | None = None)
                         help=f"a run's output folder, a checkpoint folder, a hub id or a preset ({', '.join(PRESETS)}){shown}")  # fmt: skip
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
                         help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights [bfloat16 on a GPU, float32 on the CPU]")
-    parser.add_argument("--device", help="cpu, cuda, mps [the first GPU if there is one]")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help=f"of the weights [{dtype}]")
+    parser.add_argument("--device", help=f"cpu, cuda, mps [{device}]")
 
 
 def run(main: Callable[[list[str]], None]) -> None:
@@ -41,5 +46,5 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(str(error) or "stopped; the same command continues (train.py: with --resume)", file=sys.stderr)
+        print(str(error) or "stopped; train.py --resume and embed.py --input go on where they were", file=sys.stderr)
         sys.exit(130)

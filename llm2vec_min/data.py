@@ -31,7 +31,8 @@ def iter_parquet(path: Path) -> Iterator[str]:
         column = next((name for name in ("text", "sentence") if name in file.schema_arrow.names), None)
         if column is None:
             raise ValueError(f"{path}: columns are {file.schema_arrow.names}, expected one named text or sentence")
-        if "string" not in (kind := str(file.schema_arrow.field(column).type)):
+        kind = str(file.schema_arrow.field(column).type)
+        if not kind.startswith(("string", "large_string", "dictionary<values=string", "dictionary<values=large_string")):
             raise ValueError(f"{path}: column {column} holds {kind}, expected strings")
         for batch in file.iter_batches(columns=[column]):
             yield from (value or "" for value in batch.column(0).to_pylist())
@@ -177,7 +178,8 @@ def pack_blocks(tokenizer: Tokenizer, lines: list[str], block_size: int, what: s
 
 
 def batches(count: int, batch_size: int, seed: int, start: int = 0, lengths=None) -> Iterator[np.ndarray]:
-    """Endless batches of indices below `count`, each item once an epoch, reshuffled every epoch, from batch `start` on.
+    """Endless batches of indices below `count`, each item at most once an epoch (what fills no whole
+    batch waits for the next), reshuffled every epoch, from batch `start` on.
 
     With `lengths` (tokens per item), items of similar length share a batch, so that little padding is computed:
     shuffled items are sorted within pools of 32 batches, then the batches are shuffled.

@@ -9,6 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from os.path import expanduser
 from pathlib import Path
 
 import numpy as np
@@ -78,10 +79,10 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     """
     if str(name) in above:
         raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
-    preset, local = find_preset(name), Path(name).expanduser().is_dir() and str(name) not in PRESETS
+    preset, local = find_preset(name), Path(expanduser(name)).is_dir() and str(name) not in PRESETS
     # A folder that is no bare adapter, or says itself what it stands on, is not the preset's last adapter.
-    says = local and {"adapters", "base_model_name_or_path", "preset"} & read_settings(Path(name).expanduser()).keys()
-    bare = not local or ((Path(name).expanduser() / ADAPTER_CONFIG).is_file() and not says)
+    says = local and {"adapters", "base_model_name_or_path", "preset"} & read_settings(Path(expanduser(name))).keys()
+    bare = not local or (Path(expanduser(name), ADAPTER_CONFIG).is_file() and not says)
     if preset is not None and preset.adapters and bare:
         base, chain, settings = find_chain(preset.model, (*above, str(name)))
         last = preset.adapters[-1] if str(name) in PRESETS else name  # a hub id may name a revision
@@ -228,10 +229,11 @@ class LLM2Vec(nn.Module):
             whole = isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[1], str)
             if not whole or not isinstance(item[0] or "", str):
                 raise ValueError(f"expected a text or an [instruction, text] pair, found {item!r}")
-            try:
-                item[1].encode()
-            except UnicodeEncodeError:
-                raise ValueError(f"found a text that is no valid Unicode: {short(item[1])}") from None
+            for text in item:
+                try:
+                    (text or "").encode()
+                except UnicodeEncodeError:
+                    raise ValueError(f"found a text that is no valid Unicode: {short(text)}") from None
         prefix, suffix = self.template
         return self.tokenizer.encode(
             [text for _, text in pairs],
@@ -247,7 +249,10 @@ class LLM2Vec(nn.Module):
         return self.decoder(batch.input_ids, batch.padding_mask, causal=self.causal), batch.pool_mask
 
     def embed(self, texts: list, instruction: str | None = None) -> Tensor:
-        """Differentiable embeddings of one batch, (N, C) float32: for training anything on top, or through it."""
+        """Embeddings of one batch, (N, C) float32, to train through, once weights are set free: `add_lora(l2v.decoder)`, or
+        `l2v.decoder.requires_grad_()`. ValueError for no text."""
+        if not texts:
+            raise ValueError("no text to embed")
         return pool(*self.states(self.tokenize(texts, instruction)), self.pooling)
 
     @torch.no_grad()

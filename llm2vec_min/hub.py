@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
+from os.path import expanduser
 from pathlib import Path
 
 from .config import PRESETS, Preset
@@ -36,7 +37,7 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
     """
     while str(name) in PRESETS:  # one may stand on another, as tiny-mntp does on tiny
         name = PRESETS[str(name)].model
-    folder = Path(name).expanduser()
+    folder = Path(expanduser(name))
     if folder.is_dir():
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
@@ -49,7 +50,7 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
 def find_preset(name: str | Path) -> Preset | None:
     """The preset of a preset's name, of its hub id (at any revision), or of a run that was trained with one or whose base is
     one of these; without a download."""
-    path = Path(name).expanduser() / "llm2vec_config.json"
+    path = Path(expanduser(name), "llm2vec_config.json")
     if path.is_file():
         settings = read_json(path)
         name = settings.get("preset") or settings.get("base_model_name_or_path", name)
@@ -72,7 +73,7 @@ def resolve_data(name: str | Path) -> list[Path]:
     Raises:
         ValueError: a folder without text files, or the hub's refusal.
     """
-    path = Path(name).expanduser()
+    path = Path(expanduser(name))
     if str(name) in DATASETS and not path.exists():
         repo, pattern = DATASETS[str(name)]
         path = fetch(repo, None, "dataset", (pattern,))
@@ -82,6 +83,8 @@ def resolve_data(name: str | Path) -> list[Path]:
         if not files:
             raise ValueError(f"{path}: a folder without text files ({', '.join(TEXT_SUFFIXES)})")
         return files
+    if path.exists() and not path.is_file():
+        raise ValueError(f"{path}: a pipe or a device; it is read more than once, so it must be a file")
     return [path]
 
 

@@ -42,14 +42,16 @@ class Tokenizer:
     """
 
     def __init__(self, folder: str | Path):
-        path = member(folder, "tokenizer.json")
-        if not path.is_file():
-            raise ValueError(f"{path}: not found; a fast tokenizer is needed (transformers writes one on saving)")
-        if path.stat().st_size > MAX_TOKENIZER:
-            raise ValueError(f"{path}: is larger than {MAX_TOKENIZER >> 20} MB")
-        self.path = path
-        self.backend = self._call(tokenizers.Tokenizer.from_file, str(path))
-        self.folder = Path(folder)
+        self.path = member(folder, "tokenizer.json")
+        if not self.path.is_file():
+            raise ValueError(f"{self.path}: not found; a fast tokenizer is needed (transformers writes one on saving)")
+        self.files = {}  # as they are now, for `save`: hours later the folder may be gone
+        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
+            if (path := member(folder, name)).is_file():
+                if path.stat().st_size > MAX_TOKENIZER:
+                    raise ValueError(f"{path}: is larger than {MAX_TOKENIZER >> 20} MB")
+                self.files[name] = path.read_bytes()
+        self.backend = self._call(tokenizers.Tokenizer.from_buffer, self.files["tokenizer.json"])
 
         config_path = member(folder, "tokenizer_config.json")
         config = read_json(config_path) if config_path.is_file() else {}
@@ -204,7 +206,6 @@ class Tokenizer:
         return [self.backend.decode([int(i)], skip_special_tokens=False).strip() or "·" for i in ids]
 
     def save(self, folder: str | Path) -> None:
-        """Copies the tokenizer's files, so that a saved model needs nothing else to read text."""
-        for name in ("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"):
-            if (self.folder / name).is_file():
-                (Path(folder) / name).write_bytes((self.folder / name).read_bytes())
+        """Writes the tokenizer's files as they were read, so that a saved model needs nothing else to read text."""
+        for name, content in self.files.items():
+            (Path(folder) / name).write_bytes(content)

@@ -291,6 +291,15 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--stage", "pretrain", "--hidden-size", "100"], "--hidden-size is 100, expected an even number for each of 4"),
         (["--stage", "pretrain", "--num-key-value-heads", "3"], "--num-key-value-heads is 3, expected a divisor of 4"),
         (["--stage", "pretrain", "--data", "{long}", "--batch-size", "9000"], "examples, fewer than one batch of 9000"),
+        (
+            ["--stage", "pretrain", "--model", "{model}"],
+            "--model: is for --stage mntp or simcse or supervised, pretrain does not",
+        ),
+        (["--stage", "pretrain", "--vocab-size", "100"], "--vocab-size is 100, expected at least 259: all bytes"),
+        (["--stage", "mntp", "--vocab-size", "300"], "--vocab-size: is for --stage pretrain, mntp does not read it"),
+        (["--model", "~nobodys/run"], "'~nobodys/run' is neither a folder nor a hub id"),
+        (["--data", "/dev/null"], "/dev/null: a pipe or a device; it is read more than once"),
+        (["--output", "."], "--output .: expected a folder of its own, by name"),
         (["--model"], "argument --model: expected one argument"),
     ],
 )
@@ -302,7 +311,8 @@ def test_mistakes(argv, message, files, model_folder, runs, tmp_path):
     (tmp_path / "long.txt").write_text("\n".join(TEXTS[:6] * 400))
     names = {"{runs}": runs[0], "{model}": model_folder, "{causal}": tmp_path / "causal", "{long}": tmp_path / "long.txt"}
     argv = [str(names.get(a, a)) for a in argv]
-    defaults = ["--stage", "mntp", "--model", str(model_folder), "--data", str(files / "text.txt"),
+    model = [] if "pretrain" in argv else ["--model", str(model_folder)]
+    defaults = ["--stage", "mntp", *model, "--data", str(files / "text.txt"),
                 "--output", str(files / "new"), "--max-length", "16", *QUICK]  # fmt: skip
     with pytest.raises(ValueError, match=message):
         train.main([*defaults, *argv])
@@ -330,6 +340,7 @@ def test_an_overwritten_run_stays_whole_until_the_new_one_has_ended(files, model
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     (files / "long.txt").write_text("\n".join(TEXTS[:6] * 400))
     flags[flags.index("--data") + 1] = str(files / "long.txt")
+    del flags[:2]  # the model: pretraining makes one
     pretrain = ["--stage", "pretrain", "--vocab-size", "300", "--hidden-size", "16", "--intermediate-size", "32",
                 "--num-hidden-layers", "1"]  # fmt: skip
     train.main([*flags, "--overwrite", *pretrain])

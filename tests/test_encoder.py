@@ -155,6 +155,10 @@ def test_embed_is_differentiable(model_folder):
     vectors.square().sum().backward()
     assert all(p.grad is not None for p in l2v.decoder.parameters() if p.requires_grad)
     assert any(p.grad.abs().max() > 0 for p in l2v.decoder.parameters() if p.requires_grad)
+    with pytest.raises(ValueError, match="no text to embed"):
+        l2v.embed([])
+    with pytest.raises(ValueError, match="no valid Unicode"):
+        l2v.encode(["a"], "\udcff find")
 
 
 def test_bfloat16_pools_in_float32(model_folder, l2v):

@@ -1,5 +1,8 @@
 """Ids as transformers' AutoTokenizer gives them; and only the text's own tokens are pooled."""
 
+import shutil
+from pathlib import Path
+
 import numpy as np
 import pytest
 import transformers
@@ -74,6 +77,17 @@ def test_collate_pads_left(tokenizer_folder):
     assert batch.input_ids[0, -short:].tolist() == encoded[0].ids.tolist()
     assert not (batch.pool_mask & ~batch.padding_mask).any()
     assert tokenizer.collate(encoded[:1]).padding_mask is None, "no mask where nothing is padded"
+
+
+def test_saved_as_it_was_read(tokenizer_folder, tmp_path):
+    shutil.copytree(tokenizer_folder, tmp_path / "there")
+    tokenizer = Tokenizer(tmp_path / "there")
+    shutil.rmtree(tmp_path / "there")
+    (tmp_path / "saved").mkdir()
+    tokenizer.save(tmp_path / "saved")
+    for path in (tmp_path / "saved").iterdir():
+        assert path.read_bytes() == (Path(tokenizer_folder) / path.name).read_bytes()
+    assert Tokenizer(tmp_path / "saved").backend.to_str() == tokenizer.backend.to_str()
 
 
 def test_bad_folders(tmp_path):

@@ -49,6 +49,10 @@ def export_model(
     Raises:
         ValueError: the folder exists, or sentence-transformers could not give the same vectors, and why.
     """
+    if not sentence_transformers and (prompts or normalize):
+        raise ValueError(
+            "prompts and --normalize are sentence-transformers' to apply, which --no-sentence-transformers leaves out"
+        )
     if PLAIN in (prompts or {}):
         raise ValueError(f"the prompt name {PLAIN!r} stands for a text without an instruction, take another")
     # query and document, or sentence-transformers makes up empty ones without the marker
@@ -61,7 +65,9 @@ def export_model(
         _write_tokenizer(l2v, folder)
         if sentence_transformers:
             _write_sentence_transformers(l2v, folder, prompts, normalize)
-        (folder / "README.md").write_text(model_card(l2v, prompts, normalize, scores or {}), encoding="utf-8")
+        (folder / "README.md").write_text(
+            model_card(l2v, prompts, normalize, scores or {}, sentence_transformers), encoding="utf-8"
+        )
 
 
 def _refuse_unequal(l2v: LLM2Vec, prompts: dict[str, str]) -> None:
@@ -111,8 +117,7 @@ def _with_marker(l2v: LLM2Vec) -> Tokenizer | None:
 
 def _write_tokenizer(l2v: LLM2Vec, folder: Path) -> None:
     (_with_marker(l2v) or l2v.tokenizer.backend).save(str(folder / "tokenizer.json"))
-    path = l2v.tokenizer.folder / "tokenizer_config.json"
-    before = read_json(path) if path.is_file() else {}
+    before = json.loads(l2v.tokenizer.files.get("tokenizer_config.json", "{}"))
     write_json(
         folder / "tokenizer_config.json",
         {
@@ -157,7 +162,9 @@ def _write_sentence_transformers(l2v: LLM2Vec, folder: Path, prompts: dict[str, 
     )
 
 
-def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: dict[str, float]) -> str:
+def model_card(
+    l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: dict[str, float], sentence_transformers: bool
+) -> str:
     """README.md of the exported folder: base model, recipe, how to load it."""
     stages = []
     for adapter in l2v.adapters:
@@ -168,12 +175,17 @@ def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: d
             stages.append(", ".join(f"{key} {arguments.get(key)}" for key in keys))
         else:
             stages.append(adapter.name)
-    header = ["---", "library_name: sentence-transformers", "pipeline_tag: sentence-similarity"]
+    library = "sentence-transformers" if sentence_transformers else "transformers"
+    header = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity"]
+    if sentence_transformers:
+        loaded = "from sentence_transformers import SentenceTransformer  # and transformers >= 5.2", "SentenceTransformer("
+    else:
+        loaded = "from llm2vec_min import LLM2Vec", "LLM2Vec.from_pretrained("
     if "/" in l2v.base_model and not Path(l2v.base_model).exists():
         header.append(f"base_model: {l2v.base_model}")
     lines = [
         *header,
-        "tags: [llm2vec, sentence-transformers, feature-extraction]",
+        f"tags: [llm2vec, {library}, feature-extraction]",
         "---",
         "",
         f"# Text encoder made from {Path(l2v.base_model).name} with LLM2Vec",
@@ -186,19 +198,19 @@ def model_card(l2v: LLM2Vec, prompts: dict[str, str], normalize: bool, scores: d
         *[f"- {name}: {value:.2f}" for name, value in scores.items()],
         "",
         "```python",
-        "from sentence_transformers import SentenceTransformer  # and transformers >= 5.2",
+        loaded[0],
         "",
-        'vectors = SentenceTransformer("this folder").encode(["a text", "another"])',
+        f'vectors = {loaded[1]}"this folder").encode(["a text", "another"])',
         "```",
         "",
-        *_warnings(l2v),
+        *_warnings(l2v, sentence_transformers),
         "Method: LLM2Vec (arXiv 2404.05961). Made with llm2vec-min.",
         "",
     ]
     return "\n".join(lines)
 
 
-def _warnings(l2v: LLM2Vec) -> list[str]:
+def _warnings(l2v: LLM2Vec, sentence_transformers: bool) -> list[str]:
     """Where the folder gives other vectors without a word, for its card."""
     direction = (
         "**Do not use it with transformers before 5.2**: they ignore `is_causal` in `config.json`, so attention is causal."
@@ -207,14 +219,19 @@ def _warnings(l2v: LLM2Vec) -> list[str]:
         "**Behind a server**, ask the doctor first: one that does not call `encode` of sentence-transformers (infinity 0.0.78) "
         "knows no prompts and pools the token that begins every text."
     )
-    wrong = [direction] * (not l2v.causal) + [servers] * (_begins_with_bos(l2v) and l2v.pooling != "last")
+    left_out = "**Not for sentence-transformers**: it would pool other tokens. transformers gives the same token states."
+    wrong = [direction] * (not l2v.causal)
+    if sentence_transformers:
+        wrong += [servers] * (_begins_with_bos(l2v) and l2v.pooling != "last")
+    else:
+        wrong.append(left_out)
     return [line for text in wrong for line in (text, "")]
 
 
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llm2vec_min.interop.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add_model_flags(parser)
+    add_model_flags(parser, device="cpu", dtype="float32")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument(
         "--prompt", nargs="+", action="extend", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"'

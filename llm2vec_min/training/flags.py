@@ -7,6 +7,7 @@ import math
 import os
 from dataclasses import fields
 from importlib.util import find_spec
+from os.path import expanduser
 from pathlib import Path
 
 from ..cli import refuse
@@ -90,7 +91,8 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--steps", "optimizer steps", type=int)
     add(group, "--batch-size", "sequences (supervised: triplets) per optimizer step, over all processes", type=int)
     add(group, "--micro-batch-size", "sequences (simcse: twins) per forward pass of one process: less memory for the same result "
-        "(simcse, and supervised, which counts texts: GradCache, one more forward pass); 0: its share of the batch", type=int)  # fmt: skip
+        "(simcse, and supervised, which counts texts: GradCache, one more forward pass); 0: its share of the batch; on a GPU, if not "
+        "given, chosen for its free memory", type=int)  # fmt: skip
     add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse and supervised", type=int)
     add(group, "--lr", "peak learning rate", type=float)
     add(group, "--warmup-steps", "steps of linear warmup", type=int)
@@ -129,7 +131,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--dtype", "of base weights and products (adapters stay float32); default: bfloat16 on a GPU, else "
         "float32", choices=tuple(DTYPES))  # fmt: skip
     add(group, "--gradient-checkpointing", "recompute activations instead of keeping them: less memory, up to half more "
-        "time", action=argparse.BooleanOptionalAction)  # fmt: skip
+        "time; on a GPU, if not given, chosen for its free memory", action=argparse.BooleanOptionalAction)  # fmt: skip
     add(group, "--save-every", "steps between checkpoints to resume from; 0: every two minutes", type=int)
     add(group, "--eval-every", "steps between evaluations; 0: a quarter of the run", type=int)
     add(group, "--dry-run", "load nothing; print parameters, operations and predicted peak memory. WORLD_SIZE=8 before the "
@@ -159,7 +161,10 @@ READ_BY = {  # flags that not every stage has a use for
     "attention_dropout": ("simcse",),
     "temperature": ("simcse", "supervised"),
     **dict.fromkeys(("in_batch_negatives", "ratio", "symmetric", "filter_negatives", "matryoshka"), ("supervised",)),
-    **dict.fromkeys(("adapter", "lora_r", "lora_alpha", "lora_dropout", "pooling", "causal"), ("mntp", "simcse", "supervised")),
+    **dict.fromkeys(
+        ("model", "preset", "adapter", "lora_r", "lora_alpha", "lora_dropout", "pooling", "causal"),
+        ("mntp", "simcse", "supervised"),
+    ),
     **dict.fromkeys(
         ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "num_key_value_heads"),
         ("pretrain",),
@@ -202,7 +207,11 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         and not default_data(args.stage, find_preset(args.preset or args.model))
     ):
         raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
+    if not Path(args.output).name:
+        raise ValueError(f"--output {args.output}: expected a folder of its own, by name")
     if args.stage == "pretrain":
+        if args.vocab_size < 259:
+            raise ValueError(f"--vocab-size is {args.vocab_size}, expected at least 259: all bytes, <s>, </s> and <pad>")
         if args.dry_run:
             raise ValueError("--dry-run plans the stages that train an adapter, pretrain is none")
         heads, width = args.num_attention_heads, args.hidden_size
@@ -212,7 +221,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             raise ValueError(
                 f"--num-key-value-heads is {args.num_key_value_heads}, expected a divisor of {heads} attention heads"
             )
-    model = Path(args.model).expanduser()
+    model = Path(expanduser(args.model))
     if model.is_dir() and Path(args.output).resolve() == model.resolve():
         raise ValueError(f"--output {args.output}: is the --model too; a stage writes into a folder of its own")
     if args.max_length < 4:
@@ -237,6 +246,9 @@ def in_force(args: argparse.Namespace, parser: argparse.ArgumentParser) -> str:
     said = ("stage", "model", "data", "output", "overwrite", "resume", "dtype", "dry_run")
     changed = [f"{k} {v}" for k, v in vars(args).items() if v != parser.get_default(k) and k not in said]
     recipe = "the recipe" + (f" but {', '.join(changed)}" if changed else " (--help shows it)")
+    if args.warmup_steps >= args.steps:
+        recipe += f"; {args.warmup_steps} warmup steps of {args.steps}: the learning rate never reaches its peak"
+    what = args.stage if args.stage == "pretrain" else f"{args.stage} of {args.model}"
     instead = args.stage == "mntp" and args.data == ["wiki1m"] and not find_spec("pyarrow")
     note = "\nwikitext-103 needs pyarrow (pip install pyarrow); wiki1m has text enough for the recipe" if instead else ""
-    return f"{args.stage} of {args.model} on {' '.join(args.data)}, in {args.dtype}: {recipe}{note}"
+    return f"{what} on {' '.join(args.data)}, in {args.dtype}: {recipe}{note}"

@@ -427,7 +427,7 @@ class Loop:
             if checksum(about.get("step", ""), tensors) != about.get("sha256"):
                 raise ValueError("its checksum is another")
         except Exception as error:  # SafetensorError is a plain Exception
-            self._say(f"{path}: not whole ({error}); the one before is used")
+            self._say(f"{path}: not whole ({error}); the one before, if there is one, is used")
             return 0
         if about.get("torch") != torch.__version__:
             self._say(

@@ -317,6 +317,9 @@ def test_parquet(tmp_path, monkeypatch):
     assert list(iter_lines(tmp_path / "a.parquet", keep_empty=True)) == ["one", "", "two"]
     with pytest.raises(ValueError, match="columns are .'words'., expected one named text or sentence"):
         read_lines([tmp_path / "c.parquet"])
+    parquet.write_table(pyarrow.table({"text": [["one", "two"]]}), tmp_path / "lists.parquet")
+    with pytest.raises(ValueError, match="column text holds list<.*expected strings"):
+        read_lines([tmp_path / "lists.parquet"])
     parquet.write_table(pyarrow.table({"text": [1, 2]}), tmp_path / "numbers.parquet")
     with pytest.raises(ValueError, match="numbers.parquet: column text holds int64, expected strings"):
         read_lines([tmp_path / "numbers.parquet"])

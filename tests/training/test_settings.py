@@ -124,7 +124,7 @@ def start(model_folder, tmp_path, monkeypatch):
     def go(*flags: str, stage: str = "mntp"):
         for name in ("train_mntp", "train_simcse", "pretrain"):
             monkeypatch.setattr(command, name, seen)
-        model = [] if "--model" in flags else ["--model", str(model_folder)]
+        model = [] if "--model" in flags or stage == "pretrain" else ["--model", str(model_folder)]
         try:
             command.main([
                 "--stage", stage, *model, "--data", str(tmp_path / "text.txt"), "--output", str(tmp_path / "run"), "--device", "cpu",
