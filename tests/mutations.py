@@ -86,6 +86,11 @@ MUTATIONS = [
     (f"{P}/training/supervised.py", "vectors[places], counted, settings.temperature", "vectors[places], counted, 0.02", SU),
     (f"{P}/training/supervised.py", "if settings.filter_negatives:\n        drawn", "if False:\n        drawn", SU),
     (f"{P}/training/supervised.py", "flatten(batch), max_length=settings.max_length)", "flatten(batch), max_length=512)", SU),
+    (f"{P}/training/supervised.py", "flatten(rows), max_length=max_length)", "flatten(rows))", SU),
+    (f"{P}/training/supervised.py", "if len(rows):\n", "if False:\n", SU),
+    (f"{P}/training/triplets.py", "right[t.query].intersection(t.negatives)", "set()", SU),
+    (f"{P}/training/triplets.py", "[Path(path).absolute() for path in paths]", "[Path(path) for path in paths]", SU),
+    (f"{P}/training/triplets.py", "len({t.positive for t in triplets}) == 1", "False", SU),
     # ---- distributed ----
     (f"{P}/training/distributed.py", "    dist.all_reduce(flat)\n", "", DI),
     (f"{P}/training/distributed.py", "dist.all_gather_into_tensor(rows, x.detach().contiguous())", "rows[: len(x)] = x.detach()", DI),
