@@ -101,7 +101,8 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     elif args.stage == "simcse":
         train_lines = read_lines(args.data)
     else:
-        sets, equal = read_triplets(args.data, args.symmetric, args.ratio)
+        symmetric = None if args.symmetric is None else [] if [] in args.symmetric else sum(args.symmetric, [])
+        sets, equal = read_triplets(args.data, symmetric, args.ratio)
         draw(sets, settings)  # refuses what cannot be trained on
         if rank() == 0:
             print(", ".join(f"{name}: {len(triplets):,} triplets" for name, triplets, _ in sets))

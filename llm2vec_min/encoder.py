@@ -251,7 +251,7 @@ class LLM2Vec(nn.Module):
     def embed(self, texts: list, instruction: str | None = None) -> Tensor:
         """Embeddings of one batch, (N, C) float32, to train through, once weights are set free: `add_lora(l2v.decoder)`, or
         `l2v.decoder.requires_grad_()`. ValueError for no text."""
-        if not texts:
+        if len(texts) == 0:
             raise ValueError("no text to embed")
         return pool(*self.states(self.tokenize(texts, instruction)), self.pooling)
 

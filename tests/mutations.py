@@ -77,7 +77,7 @@ MUTATIONS = [
     (f"{P}/training/simcse.py", "return loss / world_size()", "return loss", DI),
     (f"{P}/training/simcse.py", ".chunk(world_size())[rank()]", ".chunk(world_size())[0]", DI),
     # ---- supervised ----
-    (f"{P}/training/supervised.py", "right[t.query] |= {t.query, t.positive}", "right[t.query] |= {t.positive}", SU),
+    (f"{P}/training/supervised.py", "right[t.query, t.instruction] |= {t.query, t.positive}", "right[t.query, t.instruction] |= {t.positive}", SU),
     (f"{P}/training/supervised.py", "(owner == row[:, None]) | in_batch", "torch.ones(len(triplets), len(owner), dtype=torch.bool)", SU),
     (f"{P}/training/supervised.py", "    counted[row, row] = True\n", "", SU),
     (f"{P}/training/supervised.py", "t.instruction if t.symmetric else \"\"", "t.instruction", SU),
@@ -88,9 +88,9 @@ MUTATIONS = [
     (f"{P}/training/supervised.py", "flatten(batch), max_length=settings.max_length)", "flatten(batch), max_length=512)", SU),
     (f"{P}/training/supervised.py", "flatten(rows), max_length=max_length)", "flatten(rows))", SU),
     (f"{P}/training/supervised.py", "if len(rows):\n", "if False:\n", SU),
-    (f"{P}/training/triplets.py", "right[t.query].intersection(t.negatives)", "set()", SU),
-    (f"{P}/training/triplets.py", "[Path(path).absolute() for path in paths]", "[Path(path) for path in paths]", SU),
-    (f"{P}/training/triplets.py", "len({t.positive for t in triplets}) == 1", "False", SU),
+    (f"{P}/training/triplets.py", "right[t.query, t.instruction].intersection(t.negatives)", "set()", SU),
+    (f"{P}/training/triplets.py", "[Path(os.path.abspath(path)) for path in paths]", "[Path(path) for path in paths]", SU),
+    (f"{P}/training/triplets.py", "all(every <= known for known in right.values())", "False", SU),
     # ---- distributed ----
     (f"{P}/training/distributed.py", "    dist.all_reduce(flat)\n", "", DI),
     (f"{P}/training/distributed.py", "dist.all_gather_into_tensor(rows, x.detach().contiguous())", "rows[: len(x)] = x.detach()", DI),

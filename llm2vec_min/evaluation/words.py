@@ -59,10 +59,12 @@ def read_probe(paths: str) -> tuple[list[Sentence], list[Sentence]]:
     names = two_files(paths)
     train, test = (read_words(name) for name in names)
     seen, asked = ([tag for _, tags in part for tag in tags] for part in (train, test))
-    if 10 * len(new := [tag for tag in asked if tag not in set(seen)]) >= len(asked):
-        found, known = (", ".join(sorted(set(tags))[:5]) for tags in (new, seen))
+    known = set(seen)
+    new = [tag for tag in asked if tag not in known]
+    if 10 * len(new) >= len(asked):
+        found, expected = (", ".join(sorted(set(tags))[:5]) for tags in (new, known))
         raise ValueError(
-            f"{names[1]}: found the tags {found} on {len(new)} of {len(asked)} words, expected those of {names[0]}: {known}"
+            f"{names[1]}: found the tags {found} on {len(new)} of {len(asked)} words, expected those of {names[0]}: {expected}"
         )
     return train, test
 

@@ -176,7 +176,8 @@ def model_card(
         else:
             stages.append(adapter.name)
     library = "sentence-transformers" if sentence_transformers else "transformers"
-    header = ["---", f"library_name: {library}", "pipeline_tag: sentence-similarity"]
+    task = "sentence-similarity" if sentence_transformers else "feature-extraction"
+    header = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     if sentence_transformers:
         loaded = "from sentence_transformers import SentenceTransformer  # and transformers >= 5.2", "SentenceTransformer("
     else:
@@ -219,7 +220,10 @@ def _warnings(l2v: LLM2Vec, sentence_transformers: bool) -> list[str]:
         "**Behind a server**, ask the doctor first: one that does not call `encode` of sentence-transformers (infinity 0.0.78) "
         "knows no prompts and pools the token that begins every text."
     )
-    left_out = "**Not for sentence-transformers**: it would pool other tokens. transformers gives the same token states."
+    left_out = (
+        "**Not made for sentence-transformers**: its files are left out, and without them it may pool other tokens (BOS, a template). "
+        "transformers gives the same token states."
+    )
     wrong = [direction] * (not l2v.causal)
     if sentence_transformers:
         wrong += [servers] * (_begins_with_bos(l2v) and l2v.pooling != "last")

@@ -118,7 +118,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--ratio", "supervised: draw a data set (by the name of its file) so many times as often as its size says",
         nargs="+", action="extend", default=[], metavar="NAME=2")  # fmt: skip
     add(group, "--symmetric", "supervised: data sets whose positives and negatives get the instruction too; no name: all",
-        nargs="*", action="extend", metavar="NAME")  # fmt: skip
+        nargs="*", action="append", metavar="NAME")  # fmt: skip
     add(group, "--in-batch-negatives", "supervised: compare with the batch's other positives and negatives, too",
         action=argparse.BooleanOptionalAction)  # fmt: skip
     add(group, "--filter-negatives", "supervised: leave out hard negatives whose cosine, to the model as it starts, is above "
@@ -197,8 +197,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--mask-probability is {args.mask_probability}, expected a number in (0, 1]")
     if not 0 <= args.adam_beta2 < 1:
         raise ValueError(f"--adam-beta2 is {args.adam_beta2}, expected a number in [0, 1)")
-    if not 0 <= args.filter_negatives <= 1:
-        raise ValueError(f"--filter-negatives is {args.filter_negatives}, expected a share of the positive's cosine, 0 to 1")
+    if not 0 <= args.filter_negatives <= 2:  # 95 is meant as 0.95
+        raise ValueError(
+            f"--filter-negatives is {args.filter_negatives}, expected a share of the positive's cosine, such as 0.95, or 0 for none"
+        )
     if args.batch_size < 2 and (args.stage == "simcse" or args.stage == "supervised" and args.in_batch_negatives):
         raise ValueError("--batch-size is 1: the negatives are the other texts of the batch, it needs at least 2")
     if (

@@ -38,21 +38,21 @@ def owners(triplets: list[Triplet]) -> np.ndarray:
 def count_candidates(triplets: list[Triplet], in_batch: bool = True) -> Tensor:
     """Which candidates each query is compared with, (B, N) bool: its positive, and those that are wrong answers to it.
 
-    A candidate that says the query itself again, or a positive of that query in any row of the batch, is no wrong answer.
+    A candidate that says the query itself again, or a positive of that query and instruction in the batch, is no wrong answer.
 
     Args:
         in_batch: whether other rows' positives and negatives are compared with, or only the query's own.
     """
     right, where = defaultdict(set), defaultdict(list)
     for t in triplets:
-        right[t.query] |= {t.query, t.positive}
+        right[t.query, t.instruction] |= {t.query, t.positive}
     for column, (_, text) in enumerate(flatten(triplets)[len(triplets) :]):
         where[text].append(column)
     owner = torch.from_numpy(owners(triplets))
     row = torch.arange(len(triplets))
     counted = (owner == row[:, None]) | in_batch
     for i, t in enumerate(triplets):
-        counted[i, [column for text in right[t.query] for column in where.get(text, ())]] = False
+        counted[i, [column for text in right[t.query, t.instruction] for column in where.get(text, ())]] = False
     counted[row, row] = True
     return counted
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -53,7 +54,7 @@ def texts_of(record: dict, field: str, where: str) -> list[str]:
     value = record.get(field)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) and text.strip() for text in values) or (field != "negative" and not values):
-        many = "" if field == "query" else " or a list of texts"
+        many = " or a list of texts" if field in ("positive", "negative") else ""
         what = f"is {value!r:.60}, expected a text{many}" if field in record else "is missing"
         raise ValueError(f'{where}: "{field}" {what}; a line is {{"query": ..., "positive": ..., "negative": ...}}')
     if not "".join(values).isprintable() and any("\ud800" <= letter <= "\udfff" for text in values for letter in text):
@@ -80,7 +81,8 @@ def read_file(path: Path) -> tuple[list[Triplet], int]:
         own = record.get("instruction")
         if rest or not isinstance(own, str | None):
             raise ValueError(f'{where}: "query" and "instruction" are one text each')
-        instruction = "".join(texts_of(record, "instruction", where)) if own else usual and usual.removeprefix("=") + ";"
+        own = "".join(texts_of(record, "instruction", where)) if own and own.strip() else ""
+        instruction = own or (usual and usual.removeprefix("=") + ";")
         negatives = tuple(text for text in found if text not in positives)
         equal += len(found) - len(negatives)
         triplets += [Triplet(query, positive, negatives, instruction, usual.startswith("=")) for positive in positives]
@@ -100,13 +102,14 @@ def read_triplets(
         symmetric: names of data sets whose positives and negatives get the instruction too; empty: all of them.
         ratios: "name=2": that one is drawn twice as often as its size says.
     Returns:
-        Data sets, and the number of negatives that were left out because they equal a positive of their query, in any line.
+        Data sets, and the number of negatives that were left out because they equal a positive of their
+        query (under its instruction) in any line.
     Raises:
         ValueError: file, line and what is wrong there; a name that is none.
     """
-    paths = [Path(path).absolute() for path in paths]  # a bare name has a folder, too
+    paths = [Path(os.path.abspath(path)) for path in paths]  # a bare name has a folder, too
     stems = {path: path.name.split(".")[0] for path in paths}
-    sets, origins, equal = {}, {}, 0
+    sets, origins, equal = {}, defaultdict(dict), 0
     for path in paths:
         name = stems[path]
         if path.parent.name == "echo-data":
@@ -114,9 +117,10 @@ def read_triplets(
         elif list(stems.values()).count(name) > 1:
             same = {other for other in paths if (other.parent, stems[other]) == (path.parent, name)}
             name = f"{path.parent.name}/{name if len(same) == 1 else path.name}"
-        first = origins.setdefault(name, path)
-        halves = first.parent.name == path.parent.name == "echo-data" and stems[first] != stems[path]
-        if first != path and not halves:
+        known = origins[name]  # stem -> file; of the authors' halves one each
+        first = known.get(stems[path]) if path.parent.name == "echo-data" else next(iter(known.values()), None)
+        known[stems[path]] = path
+        if first not in (None, path):
             raise ValueError(f"{first} and {path} would both be the data set {name}; rename one, or its folder")
         triplets, dropped = read_file(path)
         sets.setdefault(name, []).extend(triplets)
@@ -124,9 +128,9 @@ def read_triplets(
     for triplets in sets.values():
         right = defaultdict(set)
         for t in triplets:
-            right[t.query].add(t.positive)
+            right[t.query, t.instruction].add(t.positive)
         for i, t in enumerate(triplets):
-            if left := right[t.query].intersection(t.negatives):
+            if left := right[t.query, t.instruction].intersection(t.negatives):
                 triplets[i] = t._replace(negatives=tuple(text for text in t.negatives if text not in left))
                 equal += len(t.negatives) - len(triplets[i].negatives)
     factors, said = dict.fromkeys(sets, 1.0), set()
@@ -152,13 +156,15 @@ def read_triplets(
 
 def check_negatives(name: str, triplets: list[Triplet], settings: Settings) -> None:
     """ValueError for a data set in which no query has a wrong answer: its loss is 0, and nothing is learned."""
-    if any(text != t.query for t in triplets for text in t.negatives):
-        return
-    if not settings.in_batch_negatives:
+    if not settings.in_batch_negatives and not any(set(t.negatives) - {t.query} for t in triplets):
         raise ValueError(f"data set {name} has no hard negatives (that differ from their query), and --no-in-batch-negatives "
                          "leaves nothing else to learn from")  # fmt: skip
-    if len({t.positive for t in triplets}) == 1:
-        raise ValueError(f"data set {name} has one positive for all queries and no hard negatives: nothing to tell apart")
+    right, every = defaultdict(set), set()
+    for t in triplets:
+        right[t.query, t.instruction] |= {t.query, t.positive}
+        every.update((t.positive, *t.negatives))
+    if all(every <= known for known in right.values()):
+        raise ValueError(f"data set {name}: no text in it is a wrong answer to one of its queries, nothing to tell apart")
 
 
 def draw(sets: list[DataSet], settings: Settings) -> list[np.ndarray]:

@@ -26,7 +26,6 @@ MODELS = {
     "+ mntp": "+ MNTP", "+ simcse": "+ SimCSE", "supervised": "+ supervised", "causal-simcse": "causal + SimCSE",
     "bidirectional-simcse": "bidirectional + SimCSE", "simcse": "MNTP + SimCSE", "llm2vec": "MNTP + SimCSE",
     "causal-simcse, weighted_mean": "causal + SimCSE, weighted mean", "mntp": "MNTP", "mntp-supervised": "MNTP + supervised",
-    "simcse-supervised": "MNTP + SimCSE + supervised",
 }  # fmt: skip
 STAGES = ("causal", "bidirectional", "+ mntp", "+ simcse", "+ supervised", "supervised")
 

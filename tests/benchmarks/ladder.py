@@ -5,8 +5,8 @@
 
 The rungs: causal; bidirectional untrained; + MNTP; + SimCSE (all of LLM2Vec); the two shortcuts, SimCSE on the causal model
 and on the bidirectional one without MNTP; and the supervised stage on top of SimCSE, where there are triplets. Scored on the shipped pairs and on every .tsv file (score, sentence,
-sentence) of the folder that LLM2VEC_MIN_STS names. Other flags go to all stages of train.py, `--mntp "..."` and
-`--simcse "..."` to one. The same command continues a ladder that was stopped; ladder.json in --output holds what is
+sentence) of the folder that LLM2VEC_MIN_STS names. Other flags go to all stages of train.py, which must all read them; `--mntp "..."`,
+`--simcse "..."` and `--supervised "..."` go to one. The same command continues a ladder that was stopped; ladder.json in --output holds what is
 measured so far.
 """
 

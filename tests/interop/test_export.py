@@ -127,7 +127,7 @@ def test_refused_where_equality_is_impossible(tmp_path, options, change, message
     np.testing.assert_allclose(LLM2Vec.from_pretrained(tmp_path / "out").encode(SOME), l2v.encode(SOME), **TOLERANCE)
     card = (tmp_path / "out" / "README.md").read_text()
     assert "SentenceTransformer(" not in card and "library_name: transformers" in card
-    assert 'LLM2Vec.from_pretrained("this folder")' in card and "Not for sentence-transformers" in card
+    assert 'LLM2Vec.from_pretrained("this folder")' in card and "Not made for sentence-transformers" in card
     for more in (dict(normalize=True), dict(prompts={"query": "Find:"})):
         with pytest.raises(ValueError, match="--no-sentence-transformers leaves out"):
             export_model(l2v, tmp_path / "more", sentence_transformers=False, **more)

@@ -31,6 +31,7 @@ CASES = {
         Triplet("q2", "p2"),
     ],
     "a negative that is another query": [Triplet("q0", "p0", ("q1",)), PLAIN[1], Triplet("q2", "q1")],
+    "an instruction's wrong answer": [Triplet("q0", "p0", ("p1",), "A:"), Triplet("q0", "p1", ("p0",), "B:"), PLAIN[2]],
     "the same row twice": [PLAIN[0], PLAIN[0], PLAIN[1]],
 }
 
@@ -42,8 +43,8 @@ def vector_of(text: str) -> np.ndarray:
 def by_hand(triplets, temperature=0.02, in_batch=True, size=16) -> tuple[float, list[int]]:
     """The mean loss, and how many negatives each query has, pair by pair."""
     total, negatives = 0.0, []
-    for i, (query, positive, own, _, _) in enumerate(triplets):
-        right = [query] + [t.positive for t in triplets if t.query == query]
+    for i, (query, positive, own, instruction, _) in enumerate(triplets):
+        right = [query] + [t.positive for t in triplets if (t.query, t.instruction) == (query, instruction)]
         wrong = [text for text in own if text not in right]
         for j, t in enumerate(triplets):
             if j != i and in_batch:
@@ -78,6 +79,7 @@ def test_what_the_cases_hold():
     assert numbers["one positive of two queries"] == [3, 3, 4]
     assert numbers["a negative that answers another query"] == [4, 4, 4]
     assert numbers["a negative that is another query"] == [4, 2, 3]
+    assert numbers["an instruction's wrong answer"] == [4, 4, 5]
     assert by_hand(PLAIN, in_batch=False)[1] == [1, 1, 1]
 
 
@@ -254,8 +256,11 @@ def test_refusals_before_the_first_step(l2v):
         run(l2v, [t._replace(negatives=()) for t in some_triplets()], in_batch_negatives=False)
     with pytest.raises(ValueError, match="data set some has no hard negatives"):
         run(l2v, [t._replace(negatives=(t.query,)) for t in some_triplets()], in_batch_negatives=False)
-    with pytest.raises(ValueError, match="one positive for all queries and no hard negatives: nothing to tell apart"):
+    with pytest.raises(ValueError, match="no text in it is a wrong answer to one of its queries, nothing to tell apart"):
         run(l2v, [t._replace(positive="science", negatives=()) for t in some_triplets()])
+    with pytest.raises(ValueError, match="nothing to tell apart"):
+        run(l2v, [t._replace(query="one", negatives=(), instruction="") for t in some_triplets()])
+    run(l2v, [t._replace(positive="science", negatives=(t.query,), instruction="") for t in some_triplets()], steps=1)
     alike = [t._replace(negatives=(t.query + "!", t.query)) for t in some_triplets()]
     with pytest.raises(ValueError, match="data set some, filtered, has no hard negatives .that differ from their query"):
         run(l2v, alike, in_batch_negatives=False, filter_negatives=0.01)
@@ -301,6 +306,9 @@ def test_files(tmp_path):
     assert sets[0].triplets == [Triplet("q", "p", ("n",)), Triplet("q", "p")]
     again = write(tmp_path / "again.jsonl", {"query": "q", "positive": "p", "negative": ["r", "n"]}, {"query": "q", "positive": "r"},
                   {"query": "s", "positive": "t", "negative": "r"})  # fmt: skip
+    both = write(tmp_path / "both.jsonl", *({"query": "q", "positive": p, "negative": n, "instruction": i}
+                                           for p, n, i in (("x", "y", "A:"), ("y", "x", "B:"), ("z", "n", " "))))  # fmt: skip
+    assert [t.negatives for t in read_triplets([both])[0][0].triplets] == [("y",), ("x",), ("n",)], "each under its instruction"
     (others,), left_out = read_triplets([again])
     assert [t.negatives for t in others.triplets] == [("n",), (), ("r",)] and left_out == 1, "right for q in any line"
     assert sets[1].triplets == [Triplet("q", text, ("n", "m"), "Find:", True) for text in "xy"] and equal == 2
@@ -339,8 +347,13 @@ def test_the_authors_folder(tmp_path, monkeypatch):
     assert sets[2].triplets[0].instruction == ""
     monkeypatch.chdir(folder)
     assert read_triplets([path.name for path in paths])[0] == sets, "also seen from inside"
+    (folder / "below").mkdir()
+    monkeypatch.chdir(folder / "below")
+    assert read_triplets([f"../{path.name}" for path in paths])[0] == sets, "also from further down"
     with pytest.raises(ValueError, match="would both be the data set nq"):
         read_triplets([paths[2], write(folder / "nq.jsonl.gz", row)])
+    with pytest.raises(ValueError, match="would both be the data set allnli"):
+        read_triplets([*paths[:2], write(folder / "allnli_split2.jsonl.gz", row)])
     assert read_triplets([write(tmp_path / "nq.jsonl", row)])[0][0].triplets[0].instruction == "", "in that folder only"
 
 
@@ -416,7 +429,7 @@ def test_flags_given_twice_add_up_and_a_batch_of_one_has_hard_negatives(flags, t
     train.main([*flags, "--batch-size", "1", "--no-in-batch-negatives", "--matryoshka", "8", "--matryoshka", "16",
                 "--symmetric", "some", "--symmetric", "some", "--steps", "1"])  # fmt: skip
     arguments = json.loads((tmp_path / "run" / "train_args.json").read_text())
-    assert arguments["matryoshka"] == [8, 16] and arguments["symmetric"] == ["some", "some"]
+    assert arguments["matryoshka"] == [8, 16] and arguments["symmetric"] == [["some"], ["some"]]
 
 
 def test_killed_run_resumes_to_the_same_weights(flags, tmp_path, monkeypatch):
@@ -445,7 +458,7 @@ def test_killed_run_resumes_to_the_same_weights(flags, tmp_path, monkeypatch):
         (["--batch-size", "50"], "data set some has 24 triplets, fewer than --batch-size 50"),
         (["--batch-size", "1"], "--batch-size is 1: the negatives are the other texts of the batch"),
         (["--filter-negatives", "-1"], "--filter-negatives is -1.0, expected a share"),
-        (["--filter-negatives", "95"], "--filter-negatives is 95.0, expected a share of the positive's cosine, 0 to 1"),
+        (["--filter-negatives", "95"], "--filter-negatives is 95.0, expected a share of the positive's cosine, such as 0.95"),
         (["--attention-dropout", "0.1"], "--attention-dropout: is for --stage simcse, supervised does not read it"),
         (["--matryoshka", "99"], "--matryoshka 99: expected numbers from 1 to 63"),
         (["--ratio", "x=1"], "--ratio x=1: expected NAME=NUMBER"),
