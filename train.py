@@ -101,7 +101,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     elif args.stage == "simcse":
         train_lines = read_lines(args.data)
     else:
-        symmetric = None if args.symmetric is None else [] if [] in args.symmetric else sum(args.symmetric, [])
+        symmetric = args.symmetric and ([] if [] in args.symmetric else sum(args.symmetric, []))
         sets, equal = read_triplets(args.data, symmetric, args.ratio)
         draw(sets, settings)  # refuses what cannot be trained on
         if rank() == 0:

@@ -88,7 +88,7 @@ MUTATIONS = [
     (f"{P}/training/supervised.py", "flatten(batch), max_length=settings.max_length)", "flatten(batch), max_length=512)", SU),
     (f"{P}/training/supervised.py", "flatten(rows), max_length=max_length)", "flatten(rows))", SU),
     (f"{P}/training/supervised.py", "if len(rows):\n", "if False:\n", SU),
-    (f"{P}/training/triplets.py", "right[t.query, t.instruction].intersection(t.negatives)", "set()", SU),
+    (f"{P}/training/triplets.py", "(t.query, t.instruction, text) not in right", "True", SU),
     (f"{P}/training/triplets.py", "[Path(os.path.abspath(path)) for path in paths]", "[Path(path) for path in paths]", SU),
     (f"{P}/training/triplets.py", "all(every <= known for known in right.values())", "False", SU),
     # ---- distributed ----

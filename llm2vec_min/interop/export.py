@@ -179,9 +179,10 @@ def model_card(
     task = "sentence-similarity" if sentence_transformers else "feature-extraction"
     header = ["---", f"library_name: {library}", f"pipeline_tag: {task}"]
     if sentence_transformers:
-        loaded = "from sentence_transformers import SentenceTransformer  # and transformers >= 5.2", "SentenceTransformer("
+        imported = "from sentence_transformers import SentenceTransformer  # and transformers >= 5.2"
+        opened = 'SentenceTransformer("this folder")'
     else:
-        loaded = "from llm2vec_min import LLM2Vec", "LLM2Vec.from_pretrained("
+        imported, opened = "from llm2vec_min import LLM2Vec", 'LLM2Vec.from_pretrained("this folder")'
     if "/" in l2v.base_model and not Path(l2v.base_model).exists():
         header.append(f"base_model: {l2v.base_model}")
     lines = [
@@ -199,9 +200,9 @@ def model_card(
         *[f"- {name}: {value:.2f}" for name, value in scores.items()],
         "",
         "```python",
-        loaded[0],
+        imported,
         "",
-        f'vectors = {loaded[1]}"this folder").encode(["a text", "another"])',
+        f'vectors = {opened}.encode(["a text", "another"])',
         "```",
         "",
         *_warnings(l2v, sentence_transformers),

@@ -62,11 +62,11 @@ def texts_of(record: dict, field: str, where: str) -> list[str]:
     return [text.strip() for text in values]
 
 
-def read_file(path: Path) -> tuple[list[Triplet], int]:
-    """A file's triplets, one for each positive, and how many negatives equal a positive of their line; those are left out."""
+def read_file(path: Path) -> list[Triplet]:
+    """A file's triplets, one for each positive."""
     in_echo_data = path.parent.name == "echo-data"
     usual = ECHO_DATA.get(path.name.split(".")[0], "") if in_echo_data else ""
-    triplets, equal = [], 0
+    triplets = []
     for number, line in numbered_lines(path, report=True):
         if not line:
             continue
@@ -77,18 +77,16 @@ def read_file(path: Path) -> tuple[list[Triplet], int]:
             raise ValueError(f"{where}: is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
-        (query, *rest), positives, found = (texts_of(record, field, where) for field in ("query", "positive", "negative"))
+        (query, *rest), positives, negatives = (texts_of(record, field, where) for field in ("query", "positive", "negative"))
         own = record.get("instruction")
         if rest or not isinstance(own, str | None):
             raise ValueError(f'{where}: "query" and "instruction" are one text each')
         own = "".join(texts_of(record, "instruction", where)) if own and own.strip() else ""
         instruction = own or (usual and usual.removeprefix("=") + ";")
-        negatives = tuple(text for text in found if text not in positives)
-        equal += len(found) - len(negatives)
-        triplets += [Triplet(query, positive, negatives, instruction, usual.startswith("=")) for positive in positives]
+        triplets += [Triplet(query, positive, tuple(negatives), instruction, usual.startswith("=")) for positive in positives]
     if not triplets:
         raise ValueError(f"{path}: no triplet in it")
-    return triplets, equal
+    return triplets
 
 
 def read_triplets(
@@ -122,17 +120,14 @@ def read_triplets(
         known[stems[path]] = path
         if first not in (None, path):
             raise ValueError(f"{first} and {path} would both be the data set {name}; rename one, or its folder")
-        triplets, dropped = read_file(path)
-        sets.setdefault(name, []).extend(triplets)
-        equal += dropped
+        sets.setdefault(name, []).extend(read_file(path))
     for triplets in sets.values():
-        right = defaultdict(set)
-        for t in triplets:
-            right[t.query, t.instruction].add(t.positive)
+        right = {(t.query, t.instruction, t.positive) for t in triplets}
         for i, t in enumerate(triplets):
-            if left := right[t.query, t.instruction].intersection(t.negatives):
-                triplets[i] = t._replace(negatives=tuple(text for text in t.negatives if text not in left))
-                equal += len(t.negatives) - len(triplets[i].negatives)
+            wrong = tuple(text for text in t.negatives if (t.query, t.instruction, text) not in right)
+            if dropped := len(t.negatives) - len(wrong):
+                triplets[i] = t._replace(negatives=wrong)
+                equal += dropped
     factors, said = dict.fromkeys(sets, 1.0), set()
     for text in ratios:
         name, _, value = text.rpartition("=")

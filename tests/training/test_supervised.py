@@ -311,7 +311,7 @@ def test_files(tmp_path):
     assert [t.negatives for t in read_triplets([both])[0][0].triplets] == [("y",), ("x",), ("n",)], "each under its instruction"
     (others,), left_out = read_triplets([again])
     assert [t.negatives for t in others.triplets] == [("n",), (), ("r",)] and left_out == 1, "right for q in any line"
-    assert sets[1].triplets == [Triplet("q", text, ("n", "m"), "Find:", True) for text in "xy"] and equal == 2
+    assert sets[1].triplets == [Triplet("q", text, ("n", "m"), "Find:", True) for text in "xy"] and equal == 4
     everywhere, _ = read_triplets([plain, lists, lists, other], symmetric=[])
     assert all(t.symmetric for s in everywhere for t in s.triplets) and len(everywhere[1].triplets) == 4
     (tmp_path / "more").mkdir()
