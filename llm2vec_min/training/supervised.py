@@ -98,19 +98,19 @@ def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float, max_le
     return kept
 
 
-def explain(l2v: LLM2Vec, batch: list[Triplet], in_batch: bool) -> str:
+def explain(l2v: LLM2Vec, batch: list[Triplet], settings: Settings) -> str:
     """A batch in words: one triplet and how alike its texts are to the model, how many negatives, and the loss of guessing."""
     rows = [t._replace(negatives=tuple(text for text in t.negatives if text != t.query)[:1]) for t in batch[:32]]
     t = max(rows, key=lambda t: len(t.negatives))  # one with a negative that counts, if there is
     shown = [("query", t.query), ("positive", t.positive), *(("negative", text) for text in t.negatives)]
-    vectors = l2v.encode(flatten([t]), normalize=True)
+    vectors = l2v.encode(l2v.tokenize(flatten([t]), max_length=settings.max_length), normalize=True)
     lines = [f"instruction of {'all texts' if t.symmetric else 'the query'}: {t.instruction}"] if t.instruction else []
     for (name, text), vector in zip(shown, vectors, strict=False):
         lines.append(f"{name:<9} cosine {vectors[0] @ vector:.3f}  {text[:200]}")
-    candidates = count_candidates(batch, in_batch).sum(dim=1)
+    candidates = count_candidates(batch, settings.in_batch_negatives).sum(dim=1)
     low, high = int(candidates.min()) - 1, int(candidates.max()) - 1
     lines.append(f"negatives of a query: {low if low == high else f'{low} to {high}'}")
-    if in_batch:
+    if settings.in_batch_negatives:
         hard = sum(len(t.negatives) for t in batch)
         lines[-1] += f" ({len(batch) - 1} other positives, {hard} hard negatives, less what equals its query or positive)"
     guess = candidates.double().log().mean().item()
@@ -158,7 +158,7 @@ def train_supervised(
                 check_negatives(f"{data.name}, filtered,", [triplets[i] for i in rows], settings)
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
     if not loop.quiet:
-        words = explain(l2v, [triplets[i] for i in order[0]], settings.in_batch_negatives)  # in all processes or in none
+        words = explain(l2v, [triplets[i] for i in order[0]], settings)  # in all processes or in none
         if settings.filter_negatives:
             hard, kept = (sum(len(t.negatives) for t in rows) for rows in (before, after))
             share = f"{settings.filter_negatives:.0%} of the positive's cosine"

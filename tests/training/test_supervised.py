@@ -225,16 +225,21 @@ def test_options_reach_the_loss(model_folder):
 
 
 def test_explanation(l2v):
-    words = explain(l2v, [Triplet("q", "p", ("n",), "Find:"), *PLAIN], True).splitlines()
+    words = explain(l2v, [Triplet("q", "p", ("n",), "Find:"), *PLAIN], Settings()).splitlines()
     assert words[0] == "instruction of the query: Find:"
     assert [line.split()[:2] for line in words[1:4]] == [[name, "cosine"] for name in ("query", "positive", "negative")]
     assert words[4] == "negatives of a query: 7 (3 other positives, 4 hard negatives, less what equals its query or positive)"
     assert words[5] == "loss of guessing: 2.079, the logarithm of 8 candidates"
-    assert "negatives of a query: 0 to 3\n" in explain(l2v, CASES["lists"], False)
+    assert "negatives of a query: 0 to 3\n" in explain(l2v, CASES["lists"], Settings(in_batch_negatives=False))
     repeated = [Triplet("q", "p", ("q", "n")), *PLAIN]
-    assert "  n" in explain(l2v, repeated, True).splitlines()[2], "not the one that repeats the query, which is not counted"
+    assert "  n" in explain(l2v, repeated, Settings()).splitlines()[2], (
+        "not the one that repeats the query, which is not counted"
+    )
+    long = [[Triplet("a " * size, "b")] for size in (40, 60)]
+    cut, whole = ({explain(l2v, rows, Settings(max_length=n)).splitlines()[1] for rows in long} for n in (9, 512))
+    assert len(cut) == 1 and len(whole) == 2, "the texts are read as far as in training"
     l2v.template = ("<|user|>", "")
-    assert explain(l2v, PLAIN, True).splitlines()[0].startswith("query")
+    assert explain(l2v, PLAIN, Settings()).splitlines()[0].startswith("query")
 
 
 def test_shorter_vectors_are_the_first_numbers(l2v):
