@@ -127,7 +127,9 @@ def _write_tokenizer(l2v: LLM2Vec, folder: Path) -> None:
             # token at the end of a prompt for one that the tokenizer appends, so that a prompt of BOS alone would be none
             "eos_token": before.get("eos_token"),
             "pad_token": l2v.tokenizer.backend.id_to_token(l2v.tokenizer.pad_id),
-            "padding_side": "left",
+            # from a row's beginning, padding included, sentence-transformers 5.2 leaves out a prompt's tokens, and every
+            # version before 6 counts the positions of its weighted mean
+            "padding_side": "right",
             "model_max_length": l2v.max_length,
             "clean_up_tokenization_spaces": False,
             "model_input_names": ["input_ids", "attention_mask"],

@@ -47,6 +47,15 @@ def test_sentence_transformers(tmp_path, kind, pooling):
     np.testing.assert_allclose(theirs.encode_document(SOME), expected, **TOLERANCE)
 
 
+def test_weighted_mean(tmp_path):
+    """Counted from a text's first token; before version 6 from the row's, so that an export pads on the right."""
+    l2v = make(tmp_path, "smollm2", pooling="weighted_mean")
+    export_model(l2v, tmp_path / "out")
+    theirs = SentenceTransformer(str(tmp_path / "out"), device="cpu")
+    np.testing.assert_allclose(theirs.encode(SOME), l2v.encode(SOME), **TOLERANCE)
+    assert theirs.tokenizer.padding_side == "right"
+
+
 @pytest.mark.parametrize("kind", ["llama-2", "mistral", "llama-3", "smollm2"])
 @pytest.mark.parametrize("prompts", [None, {"other": INSTRUCTION}, {"query": INSTRUCTION, "document": INSTRUCTION}])
 def test_queries_and_documents_with_and_without_prompts(tmp_path, kind, prompts):
