@@ -100,7 +100,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         train_lines, held_lines = read_split(args.data, every=20)
     elif args.stage == "simcse":
         train_lines = read_lines(args.data)
-    else:
+    elif args.stage == "supervised":
         symmetric = args.symmetric and ([] if [] in args.symmetric else sum(args.symmetric, []))
         sets, equal = read_triplets(args.data, symmetric, args.ratio)
         draw(sets, settings)  # refuses what cannot be trained on
@@ -146,7 +146,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         train_mntp(l2v, blocks, held_out[:64], settings, work, **options)
     elif args.stage == "simcse":
         train_simcse(l2v, train_lines, settings, work, **options)
-    else:
+    elif args.stage == "supervised":
         train_supervised(l2v, sets, settings, work, **options)
     if rank() == 0:
         l2v.save_run(work, args.stage)

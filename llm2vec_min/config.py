@@ -154,7 +154,8 @@ class Preset:
     adapters: tuple[str, ...] = ()  # hub ids or folders to merge on top of `model`, in order
 
 
-# LLM2Vec sections 2.2 and D.1; the same for every model except where a preset says otherwise.
+# LLM2Vec sections 2.2 and D.1 (pretrain, which the paper has not: what made `tiny`); the same for every model except where a
+# preset says otherwise.
 PAPER = {
     "mntp": dict(steps=1000, batch_size=32, max_length=512, lr=5e-5, mask_probability=0.2, mask_style="bert"),
     "simcse": dict(steps=1000, batch_size=128, max_length=128, lr=3e-5, attention_dropout=0.3, temperature=0.05),

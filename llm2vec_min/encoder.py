@@ -32,8 +32,9 @@ LLM2VEC_CONFIG = "llm2vec_config.json"
 _mode_lock = threading.Lock()  # of the module, because a model with a lock in it cannot be copied
 
 
-# The authors' llm2vec_config.json, which has the same fields, names two poolings otherwise.
-POOLING_ALIASES = {"eos_token": "last", "last_token": "last", "bos_token": "first"}
+# The authors' llm2vec_config.json has the same fields. What they call last_token is `last`; their other two are no pooling of
+# this project: eos_token reads an end token that they append to the text, bos_token the token before it.
+POOLING_ALIASES = {"last_token": "last"}
 
 
 SETTINGS = {  # of llm2vec_config.json: what each must be, and whether it is
@@ -107,6 +108,8 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         except ValueError as error:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: its base model: {error}") from None
         return base, [*chain, folder], before | settings
+    if str(name) in PRESETS and not Path(PRESETS[str(name)].model).is_dir():
+        name = PRESETS[str(name)].model  # its hub id, which other libraries know too
     return str(folder.resolve()) if local else str(name), [], settings
 
 
@@ -279,7 +282,8 @@ class LLM2Vec(nn.Module):
             dim: only the first numbers of each vector, as many; for a model that was trained with `--matryoshka`.
         Returns:
             (N, C) float32, or (N, dim); (C,) for one text, a list of (T_i, C) for pooling=None. A vector does not depend on the
-            batch it was in. An empty text has no token of its own and gives zeros (normalised or not).
+            batch it was in, up to rounding: about 1e-6 of its length in float32; in bfloat16 about 1e-2, and more if the model was never
+            trained to look both ways. An empty text has no token of its own and gives zeros (normalised or not).
         """
         if isinstance(texts, str):
             return self.encode(
@@ -290,7 +294,10 @@ class LLM2Vec(nn.Module):
             raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
         texts = list(texts)
-        encoded = texts if texts and isinstance(texts[0], Encoded) else self.tokenize(texts, instruction)
+        tokenized = bool(texts) and isinstance(texts[0], Encoded)
+        if tokenized and instruction:
+            raise ValueError("an instruction is put before texts, and these are tokenized already: give it to `tokenize`")
+        encoded = texts if tokenized else self.tokenize(texts, instruction)
         lengths = [len(row.ids) for row in encoded]
         batches = []  # (indices, their vectors, on the way to the host)
         with self._without_dropout(), tqdm(total=len(encoded), desc="encoding", unit="text", disable=not show_progress) as bar:
@@ -431,7 +438,9 @@ class LLM2Vec(nn.Module):
             },
         )
         # last: with it the run is finished
-        write_json(output / "config.json", self.decoder.config.to_dict() | {"_name_or_path": self.base_model})
+        write_json(
+            output / "config.json", self.decoder.config.to_dict() | {"_name_or_path": self.base_model, "is_causal": self.causal}
+        )
 
 
 def sorted_batches(lengths: list[int], batch_size: int, max_tokens: int) -> Iterator[list[int]]:

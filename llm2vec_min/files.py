@@ -14,6 +14,8 @@ from pathlib import Path
 MAX_JSON = 8 * 2**20  # bytes; ten times the largest index of a decoder's shards
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxlong = _repr.maxother = 80
+UMASK = os.umask(0o077)  # what the user keeps from others; it can be asked for only by setting another
+os.umask(UMASK)
 short = _repr.repr  # a value in an error message: one short line, whatever a stranger's file holds
 
 
@@ -69,7 +71,8 @@ def read_json(path: str | Path) -> dict:
 
 def put(beside: str | Path, path: str | Path) -> None:
     """Renames a file that was written beside its place, both on the disk before the next line runs: after a power cut
-    there is the old file or the new one."""
+    there is the old file or the new one. Others may read it as any new file (safetensors writes for its owner alone)."""
+    os.chmod(beside, 0o666 & ~UMASK)
     with open(beside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -99,10 +102,12 @@ def replace_folder(new: Path, output: Path) -> None:
 
 
 @contextmanager
-def locked(output: str | Path) -> Iterator[None]:
+def locked(output: str | Path, wait: bool = False) -> Iterator[None]:
     """Keeps a second command off the same output while this one lives; the system drops the lock with the process. Where no
     lock can be had (Windows, nothing can be written beside the output), there is none.
 
+    Args:
+        wait: for a command that holds it.
     Raises:
         ValueError: another command holds it.
     """
@@ -119,7 +124,7 @@ def locked(output: str | Path) -> Iterator[None]:
             yield
             return
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
         except BlockingIOError:
             raise ValueError(f"--output {output}: another command is writing it now") from None
@@ -151,7 +156,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error})") from None
     try:
-        part.chmod(0o755)  # mkdtemp's is for its owner alone
+        part.chmod(0o777 & ~UMASK)  # mkdtemp's is for its owner alone
         yield part
         replace_folder(part, output)
     except OSError as error:

@@ -18,6 +18,10 @@ FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "llm2vec_config.json",
+    "train_args.json",
+    "adapters/*/adapter_config.json",  # the earlier stages of a run
+    "adapters/*/adapter_model.safetensors",
+    "adapters/*/train_args.json",
 )
 # Weights as transformers saves them. Repositories also hold others (consolidated.safetensors, onnx/) of the same size.
 SAFETENSORS = ("model.safetensors", "model-*-of-*.safetensors", "model.safetensors.index.json")

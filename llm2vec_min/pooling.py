@@ -21,8 +21,6 @@ def pool(hidden: Tensor, pool_mask: Tensor, mode: str = "mean") -> Tensor:
         ValueError: an unknown mode.
     Source: LLM2Vec section 2.1 (EOS, mean, weighted mean); SGPT (arXiv 2202.08904) for the weights.
     """
-    if mode not in POOLING_MODES:
-        raise ValueError(f"pooling is {mode!r}, expected one of {', '.join(POOLING_MODES)}")
     hidden = hidden.float()
     if mode == "max":
         peak = hidden.masked_fill(~pool_mask[:, :, None], -torch.inf).amax(dim=1)  # (B, C)
@@ -35,7 +33,9 @@ def pool(hidden: Tensor, pool_mask: Tensor, mode: str = "mean") -> Tensor:
         weights = (order * pool_mask).float()
     elif mode == "first":
         weights = (pool_mask & (order == 1)).float()
-    else:  # last
+    elif mode == "last":
         weights = (pool_mask & (order == order[:, -1:])).float()
+    else:
+        raise ValueError(f"pooling is {mode!r}, expected one of {', '.join(POOLING_MODES)}")
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)  # (B, T); rows sum to 1, or to 0 if empty
     return torch.einsum("bt,btc->bc", weights, hidden)

@@ -180,13 +180,13 @@ class Tokenizer:
         """Characters of the longest token."""
         return max(map(len, self.backend.get_vocab()), default=1)
 
-    def collate(self, encoded: list[Encoded], device=None) -> Batch:
+    def collate(self, encoded: list[Encoded], device: torch.device | None = None) -> Batch:
         """Rows of different lengths as one batch, padded on the left to the longest; on a GPU to a multiple of 16, which is
         what its kernels are made for, and makes few different shapes."""
         lengths = [len(row.ids) for row in encoded]
         T = max(lengths)
         padded = min(lengths) < T
-        if padded and device is not None and torch.device(device).type == "cuda":
+        if padded and device is not None and device.type == "cuda":
             T = -(-T // 16) * 16
         input_ids = np.full((len(encoded), T), self.pad_id, dtype=np.int64)
         padding_mask, pool_mask = (np.zeros((len(encoded), T), dtype=bool) for _ in range(2))

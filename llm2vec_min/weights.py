@@ -16,7 +16,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ModelConfig, is_positive
-from .files import member, put, read_json, short, write_json
+from .files import locked, member, put, read_json, short, write_json
 from .lora import LoRALinear, add_lora
 from .model import Decoder, LanguageModel
 
@@ -117,23 +117,24 @@ def convert_bin(folder: Path) -> Path:
     state = repr([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2vec_min" / "converted"
     target = cache / hashlib.sha256(state.encode()).hexdigest()[:32]
-    if target.is_dir():  # renamed when it was whole
-        return target
     part = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
-        part = Path(tempfile.mkdtemp(dir=cache))
-        weight_map = {}
-        for path in paths:
-            name = path.stem.replace("pytorch_model", "model") + "-converted.safetensors"
-            # clone: safetensors takes no tensors that share memory, as tied embeddings do
-            tensors = {key: tensor.clone() for key, tensor in read_bin(path).items()}
-            save_file(tensors, part / name, metadata={"format": "pt"})
-            weight_map |= dict.fromkeys(tensors, name)
-        write_index(part, weight_map)
-        os.replace(part, target)
+        with locked(target, wait=True):  # of several processes one converts, the others wait for it
+            if target.is_dir():  # renamed when it was whole
+                return target
+            part = Path(tempfile.mkdtemp(dir=cache))
+            weight_map = {}
+            for path in paths:
+                name = path.stem.replace("pytorch_model", "model") + "-converted.safetensors"
+                # clone: safetensors takes no tensors that share memory, as tied embeddings do
+                tensors = {key: tensor.clone() for key, tensor in read_bin(path).items()}
+                save_file(tensors, part / name, metadata={"format": "pt"})
+                weight_map |= dict.fromkeys(tensors, name)
+            write_index(part, weight_map)
+            os.replace(part, target)
     except (OSError, safetensors.SafetensorError) as error:
-        if not target.is_dir():  # else another process was faster
+        if not target.is_dir():  # else another process was faster, where there are no locks
             raise ValueError(f"{folder}: its weights could not be converted to {target} ({error})") from None
     finally:
         if part is not None:
@@ -337,4 +338,4 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
         )
     add_lora(decoder, r, alpha, dropout, targets)
     decoder.load_state_dict({k: v.to(decoder.norm.weight.device) for k, v in state.items()}, strict=False, assign=True)
-    decoder.requires_grad_(False).train(decoder.training)  # new layers start in training mode, whatever the model is in
+    decoder.requires_grad_(False)

@@ -169,6 +169,7 @@ def test_bfloat16_pools_in_float32(model_folder, l2v):
 
 def test_run_chain(run_folders):
     mntp, simcse, expected = run_folders
+    assert json.loads((simcse / "config.json").read_text())["is_causal"] is False, "as the folder is loaded here"
     again = LLM2Vec.from_pretrained(simcse, device="cpu")
     np.testing.assert_allclose(again.encode(TEXTS), expected.encode(TEXTS), rtol=1e-4, atol=1e-4)
     assert (again.pooling, again.max_length, again.causal) == ("max", 77, False)
@@ -276,6 +277,8 @@ def test_tokenized_before(l2v):
     """`embed.py` tokenizes one chunk while another is computed."""
     encoded = l2v.tokenize(TEXTS, "Find:")
     np.testing.assert_array_equal(l2v.encode(encoded), l2v.encode(TEXTS, "Find:"))
+    with pytest.raises(ValueError, match="tokenized already: give it to `tokenize`"):
+        l2v.encode(encoded, "Find:")
 
 
 def test_batches_are_cut_by_tokens(l2v, monkeypatch):

@@ -64,10 +64,11 @@ def test_vectors_of_the_demo_model(name, gpu):
 @pytest.mark.parametrize("noise", [0.0, 0.3])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("padded", [False, True])
-def test_a_fast_attention_kernel_runs(gpu, K, noise, causal, padded):
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=["bfloat16", "float32"])
+def test_a_fast_attention_kernel_runs(gpu, K, noise, causal, padded, dtype):
     """torch refuses where it would have to fall back on its slow one, forward or backward."""
-    q = torch.randn(4, 9, 32, 64, device=gpu, dtype=torch.bfloat16, requires_grad=True)
-    k, v = torch.randn(2, 4, K, 32, 64, device=gpu, dtype=torch.bfloat16, requires_grad=True).unbind()
+    q = torch.randn(4, 9, 32, 64, device=gpu, dtype=dtype, requires_grad=True)
+    k, v = torch.randn(2, 4, K, 32, 64, device=gpu, dtype=dtype, requires_grad=True).unbind()
     padding = torch.arange(32, device=gpu)[None] < torch.tensor([[32], [20], [9], [1]], device=gpu) if padded else None
     mask = attention_mask(padding, 32, causal=causal, device=gpu)
     with sdpa_kernel(FAST):

@@ -15,8 +15,11 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 import torch
+from test_weights import randomize
 
 from conftest import make_reference, write_tokenizer
+from llm2vec_min import LLM2Vec
+from llm2vec_min.lora import add_lora
 
 ROOT = Path(__file__).parent.parent
 COMMITS = {"main": "1" * 40, "v2": "2" * 40}
@@ -222,6 +225,26 @@ def test_the_missions_own_commands(hub, tmp_path, pyarrow):
     out = hub.ask("--stage simcse --model runs/mntp" + without, script)
     assert "simcse of runs/mntp on wiki1m" in out and "saved to runs/simcse" in out
     assert (tmp_path / "runs" / "simcse" / "adapters" / "0" / "adapter_model.safetensors").is_file()
+    config = json.loads((tmp_path / "runs" / "simcse" / "adapter_config.json").read_text())
+    assert config["base_model_name_or_path"] == "princeton-nlp/Sheared-LLaMA-1.3B", (
+        "which PEFT knows too, not the preset's name"
+    )
+
+
+def test_a_run_with_an_earlier_stage(hub, tmp_path):
+    first = LLM2Vec.from_pretrained("tiny", device="cpu")
+    for r, stage in enumerate(("mntp", "simcse"), 2):
+        add_lora(first.decoder, r)
+        randomize(first.decoder, seed=r)
+        (tmp_path / stage).mkdir()
+        first.save_run(tmp_path / stage, stage)
+        (tmp_path / stage / "train_args.json").write_text(json.dumps({"stage": stage}))
+        first = LLM2Vec.from_pretrained(tmp_path / stage, device="cpu")
+    run = tmp_path / "simcse"
+    files = {str(path.relative_to(run)): path.read_bytes() for path in run.rglob("*") if path.is_file()}
+    hub.repos = {"some/run": files | {"checkpoint.safetensors": b"x"}}
+    assert hub.ask("some/run") == "vector " + str(first.encode("the cat").sum())
+    assert {name for name, _ in hub.log} == set(files), "the earlier stage too, and nothing else"
 
 
 def test_dry_run_asks_for_no_data(hub):

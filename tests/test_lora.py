@@ -52,6 +52,13 @@ def test_add_lora(decoder):
         add_lora(decoder)
 
 
+def test_new_layers_are_in_the_mode_of_those_they_replace(decoder):
+    add_lora(decoder.eval(), r=2, targets=["q_proj"])
+    assert not any(module.training for module in decoder.modules())
+    add_lora(decoder.train(), r=2, targets=["k_proj"])
+    assert all(module.training for module in decoder.modules())
+
+
 def test_the_rest_is_frozen(decoder):
     decoder.requires_grad_(True)
     add_lora(decoder, r=2, targets=["q_proj"])

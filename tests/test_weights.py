@@ -4,6 +4,7 @@ import copy
 import json
 import os
 import stat
+import threading
 
 import peft
 import pytest
@@ -13,6 +14,7 @@ import transformers
 
 from conftest import VARIANTS, make_reference, random_batch, run_reference
 from llm2vec_min.config import ModelConfig
+from llm2vec_min.files import locked, new_folder
 from llm2vec_min.lora import add_lora, merge_lora
 from llm2vec_min.weights import load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
 
@@ -142,6 +144,40 @@ def test_bin_is_converted_once(reference, tmp_path, monkeypatch):
     assert torch.equal(load_decoder(source).norm.weight, state["model.norm.weight"]), "another file, another conversion"
     assert len(loaded) == 1
     assert len(list(converted.parent.iterdir())) == 2, "nothing unfinished stays"
+
+
+def test_of_several_processes_one_converts_and_the_others_wait(reference, tmp_path, monkeypatch):
+    (tmp_path / "config.json").write_bytes((reference("llama")[1] / "config.json").read_bytes())
+    torch.save(reference("llama")[0].state_dict(), tmp_path / "pytorch_model.bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    loaded, load, other = [], torch.load, threading.Thread(target=load_decoder, args=[tmp_path])
+
+    def meanwhile(*arguments, **options):
+        loaded.append(arguments)
+        (lock,) = (tmp_path / "cache" / "llm2vec_min" / "converted").glob("*.lock")
+        with pytest.raises(ValueError, match="is writing it now"), locked(lock.with_suffix("")):
+            pass
+        other.start()
+        return load(*arguments, **options)
+
+    monkeypatch.setattr(torch, "load", meanwhile)
+    load_decoder(tmp_path)
+    other.join()
+    assert len(loaded) == 1, "the second finds what the first has made"
+
+
+def test_others_may_read_what_is_saved(reference, tmp_path):
+    """safetensors makes files, and tempfile folders, that only their owner can open."""
+    decoder = load_decoder(reference("llama")[1])
+    add_lora(decoder, r=2)
+    with new_folder(tmp_path / "new") as folder:
+        save_checkpoint(decoder, folder, torch.float32)
+        save_adapter(decoder, folder, "some/base")
+    mask = os.umask(0)
+    os.umask(mask)
+    modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder.parent / "new").iterdir()}
+    assert modes == dict.fromkeys(("model.safetensors", "adapter_model.safetensors", "adapter_config.json"), 0o666 & ~mask)
+    assert stat.S_IMODE((tmp_path / "new").stat().st_mode) == 0o777 & ~mask
 
 
 def test_old_torch_opens_no_pickle(reference, tmp_path, monkeypatch):

@@ -79,6 +79,8 @@ def _refuse_unequal(l2v: LLM2Vec, prompts: dict[str, str]) -> None:
             "--no-sentence-transformers exports for this project and transformers alone"
         )
 
+    if l2v.pooling not in POOLING_NAMES:
+        refuse(f"it has no {l2v.pooling} pooling")
     if any(l2v.template):
         refuse(f"it pools the chat template {l2v.template!r}")
     if not l2v.tokenizer.encode(["a"])[0].pooled[-1]:

@@ -139,7 +139,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--shard", "spread the frozen base over the processes of torchrun (FSDP2): for models larger than one GPU",
         action="store_true", default=False)  # fmt: skip
     add(group, "--deterministic", "the same weights in every run on a GPU too, and after --resume; a little slower (a CPU needs no "
-        "such flag)", action="store_true", default=False)  # fmt: skip
+        "such flag). Say --micro-batch-size, which is chosen for the free memory, as well", action="store_true", default=False)  # fmt: skip
     add(group, "--compile", "fuse operations with torch.compile: slow first steps, then faster ones (MNTP on a GPU: 1.1 to 1.3 "
         "times)", action="store_true", default=False)  # fmt: skip
 

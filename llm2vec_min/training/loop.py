@@ -177,7 +177,7 @@ def checksum(step: str, tensors: dict[str, Tensor]) -> str:
 
 
 class Loop:
-    """The optimizer's side of a training loop: `for step in loop: ...; loop.update(loss)`.
+    """The optimizer's side of a training loop: `for step in loop: ...; loop.update(loss, tokens)`.
 
     Everything random in a step is drawn after torch was seeded with the run's seed and the step's number. So a run that is
     killed and resumed takes the same steps as one that was not, and an evaluation in between changes nothing.

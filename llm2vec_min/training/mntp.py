@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ..data import batches
-from ..device import to_device
+from ..device import to_device, world_size
 from ..encoder import LLM2Vec
 from ..model import Decoder
 from ..tokenizer import Tokenizer
@@ -27,7 +27,7 @@ from .loop import Loop, Settings
 
 MASK_STYLES = ("bert", "all")
 IGNORED = -100  # label of a position that is not predicted
-LOGITS_AT_ONCE = 2**26  # numbers: 256 MB in float32
+LOGITS_AT_ONCE = 2**26  # numbers, 256 MB in float32, in training and in evaluation
 
 
 def mask_tokens(
@@ -84,15 +84,9 @@ def chosen_states(decoder: Decoder, masked_ids: Tensor, labels: Tensor) -> tuple
     return hidden.flatten(0, 1).index_select(0, to_device(where, hidden.device)), targets
 
 
-def mntp_logits(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-    """Predictions (M, V) float32 for the M chosen positions and the true ids (M,). The head, the widest product of the
-    model, runs on no other position."""
-    hidden, targets = chosen_states(decoder, masked_ids, labels)
-    return lm_head(hidden).float(), targets
-
-
 def mntp_loss(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor, count: int | None = None) -> Tensor:
-    """Mean of -log p(x_i | h_{i-1}) over the chosen positions i, in nats; 0 when none is chosen.
+    """Mean of -log p(x_i | h_{i-1}) over the chosen positions i, in nats; 0 when none is chosen. The head, the widest product
+    of the model, runs on no other position.
 
     Args:
         count: divide by this instead of M: the chosen positions of a whole batch of which these rows are a part.
@@ -118,11 +112,14 @@ def held_out_score(l2v: LLM2Vec, blocks: np.ndarray, settings: Settings) -> dict
     # all at once: the masks, and so the score, do not depend on the batch size
     masked_ids, labels = mask_tokens(torch.from_numpy(blocks).long(), **masking(l2v, settings), generator=generator)
     loss, right, count = 0.0, 0, 0  # the first two stay on the device until the end
-    size = settings.micro_batch_size or settings.batch_size
+    size = settings.micro_batch_size or settings.batch_size // world_size()  # as many as in training
+    chunk = LOGITS_AT_ONCE // l2v.lm_head.out_features
     for ids, wanted in zip(masked_ids.split(size), labels.split(size), strict=True):
-        logits, targets = mntp_logits(l2v.decoder, l2v.lm_head, to_device(ids, l2v.device), wanted)
-        loss = loss + F.cross_entropy(logits, targets, reduction="sum")
-        right = right + (logits.argmax(-1) == targets).sum()
+        hidden, targets = chosen_states(l2v.decoder, to_device(ids, l2v.device), wanted)
+        for some, true in zip(hidden.split(chunk), targets.split(chunk), strict=True):
+            logits = l2v.lm_head(some).float()
+            loss = loss + F.cross_entropy(logits, true, reduction="sum")
+            right = right + (logits.argmax(-1) == true).sum()
         count += len(targets)
     return {"held_out_loss": float(loss) / max(1, count), "held_out_accuracy": float(right) / max(1, count)}
 

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import batches
-from ..device import rank, world_size
+from ..device import rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..model import set_attention_dropout
 from ..pooling import pool
@@ -80,13 +80,14 @@ def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tens
 
 
 @torch.no_grad()
-def explain(l2v: LLM2Vec, sentences: list[str]) -> str:
+def explain(l2v: LLM2Vec, sentences: list[str], max_length: int) -> str:
     """Two sentences in words: how alike they are to the model, and how alike the twins of the first are."""
-    a, b = l2v.encode(sentences[:2], normalize=True)
+    encoded = tokenize(l2v, sentences[:2], max_length)
+    a, b = l2v.encode(encoded, normalize=True)
     was_training = l2v.training
     l2v.train()
     torch.manual_seed(0)
-    first, second = embed_twins(l2v, tokenize(l2v, sentences[:1], l2v.max_length))
+    first, second = embed_twins(l2v, encoded[:1])
     l2v.train(was_training)
     twins = F.cosine_similarity(first, second).item()
     return f"A: {sentences[0]}\nB: {sentences[1]}\ncosine of A and B {a @ b:.3f}, of A and its twin {twins:.3f}"
@@ -126,14 +127,14 @@ def train_simcse(
     set_attention_dropout(l2v.decoder, settings.attention_dropout)
     try:
         if not loop.quiet:
-            words = explain(l2v, sentences)  # a sharded model runs in all processes or in none
+            words = explain(l2v, sentences, settings.max_length)  # a sharded model runs in all processes or in none
             if loop.is_main:
                 print(words)
 
         for _ in loop:
             rows = next(order)  # (B,), the batch of all processes
             parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
-            counted = torch.from_numpy(different(kind[rows])).to(l2v.device)
+            counted = to_device(torch.from_numpy(different(kind[rows])), l2v.device)
 
             def embed(part: int) -> Tensor:
                 loop.seed_dropout(part)

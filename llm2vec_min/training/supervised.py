@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ..device import rank, world_size
+from ..device import rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..pooling import pool
 from .loop import Loop, Settings
@@ -169,9 +169,9 @@ def train_supervised(
     for step in loop:
         batch = [triplets[i] for i in order[step]]  # that of all processes
         encoded = l2v.tokenize(flatten(batch), max_length=settings.max_length)
-        counted = count_candidates(batch, settings.in_batch_negatives).to(l2v.device)
+        counted = to_device(count_candidates(batch, settings.in_batch_negatives), l2v.device)
         mine, where = share_out([len(row.ids) for row in encoded])
-        places = torch.from_numpy(where).to(l2v.device)
+        places = to_device(torch.from_numpy(where), l2v.device)
         size = settings.micro_batch_size or len(mine)
         parts = [[encoded[i] for i in mine[start : start + size]] for start in range(0, len(mine), size)]
 

@@ -73,10 +73,14 @@ def test_first_adapter_alone(published):
 
 def test_their_settings_are_read(published):
     folder, _ = published
-    their = {"pooling_mode": "eos_token", "max_length": 99, "doc_max_length": 50, "skip_instruction": True}
+    their = {"pooling_mode": "last_token", "max_length": 99, "doc_max_length": 50, "skip_instruction": True}
     (folder / "mntp" / "llm2vec_config.json").write_text(json.dumps(their))
     l2v = LLM2Vec.from_pretrained(folder / "mntp", device="cpu")
     assert (l2v.pooling, l2v.max_length, l2v.causal) == ("last", 99, False)
+    for other in ("eos_token", "bos_token"):  # of tokens that no pooling here reads
+        (folder / "mntp" / "llm2vec_config.json").write_text(json.dumps(their | {"pooling_mode": other}))
+        with pytest.raises(ValueError, match=f"pooling_mode is '{other}', expected one of mean"):
+            LLM2Vec.from_pretrained(folder / "mntp", device="cpu")
 
 
 def test_all_published_ones_have_presets():

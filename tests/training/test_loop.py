@@ -15,6 +15,7 @@ from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_
 from llm2vec_min.evaluation import ranks, spearman
 from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
+from llm2vec_min.training import mntp
 from llm2vec_min.training.loop import Settings, checksum, finish_output, get_lr, open_output, plan_output
 from llm2vec_min.training.mntp import held_out_score, train_mntp
 from llm2vec_min.training.simcse import train_simcse
@@ -265,6 +266,21 @@ def test_held_out_score_does_not_depend_on_the_batch(model_folder):
     ]
     for score in scores[1:]:
         assert score == pytest.approx(scores[0], rel=1e-5)
+
+
+def test_held_out_logits_are_made_in_pieces_as_in_training(model_folder, monkeypatch):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu", lm_head=True)
+    blocks = pack_blocks(l2v.tokenizer, TEXTS[:6] * 8, 16)[:10]
+    whole, rows = held_out_score(l2v, blocks, Settings(batch_size=10)), []
+    l2v.lm_head.register_forward_hook(lambda module, inputs, output: rows.append(len(inputs[0])))
+    monkeypatch.setattr(mntp, "LOGITS_AT_ONCE", 7 * l2v.lm_head.out_features)
+    assert held_out_score(l2v, blocks, Settings(batch_size=10)) == pytest.approx(whole, rel=1e-5)
+    assert len(rows) > 2 and max(rows) == 7
+    rows.clear()
+    monkeypatch.setattr(mntp, "LOGITS_AT_ONCE", 2**26)
+    monkeypatch.setattr(mntp, "world_size", lambda: 5)
+    held_out_score(l2v, blocks, Settings(batch_size=10))
+    assert len(rows) == 5, "no more rows at once than one of five processes trains on"
 
 
 # ---- data ----

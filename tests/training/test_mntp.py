@@ -6,7 +6,7 @@ import torch.nn.functional as F
 
 from conftest import random_batch, run_reference
 from llm2vec_min.tokenizer import Tokenizer
-from llm2vec_min.training.mntp import IGNORED, explain, mask_tokens, mntp_logits, mntp_loss
+from llm2vec_min.training.mntp import IGNORED, chosen_states, explain, mask_tokens, mntp_loss
 
 FIXED = dict(mask_id=5, special_ids={0, 1}, vocab_size=1000)
 
@@ -60,11 +60,11 @@ def test_only_masked_positions_get_logits(both):
     ids, _ = random_batch()
     generator = torch.Generator().manual_seed(0)
     _, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=257, probability=0.5, generator=generator)
-    logits, targets = mntp_logits(mine.model, mine.lm_head, ids, labels)
-    assert logits.shape == ((labels != IGNORED).sum(), 257) and len(targets) == len(logits)
+    hidden, targets = chosen_states(mine.model, ids, labels)
+    assert hidden.shape == ((labels != IGNORED).sum(), 64) and targets.tolist() == labels[labels != IGNORED].tolist()
     position = int((labels[0] != IGNORED).nonzero()[0])
     expected = mine(ids, causal=False)[0, position - 1]
-    torch.testing.assert_close(logits[0], expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(mine.lm_head(hidden[0]), expected, rtol=1e-5, atol=1e-5)
 
 
 def test_nothing_masked_gives_zero_not_nan(both):

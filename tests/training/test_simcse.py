@@ -60,9 +60,14 @@ def test_twins_of_equal_sentences_differ_too(l2v):
 
 
 def test_explanation(l2v):
-    words = explain(l2v, ["the cat sat", "a dog barks"])
+    words = explain(l2v, ["the cat sat", "a dog barks"], 32)
     assert "A: the cat sat\nB: a dog barks\ncosine of A and B " in words
     assert not l2v.training
+    l2v.template = ("[INST] ", " [/INST]")
+    assert explain(l2v, ["the cat sat", "a dog barks"], 32) == words, "no template, as in training"
+    assert explain(l2v, ["the cat sat", "the cat ran"], 3).splitlines()[-1].startswith("cosine of A and B 1.000"), (
+        "cut as there"
+    )
 
 
 def test_equal_sentences_are_not_negatives(l2v, monkeypatch):
