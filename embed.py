@@ -44,9 +44,19 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
+def check_finite(vectors: np.ndarray, model: str, first: int = 0) -> None:
+    """ValueError for a vector with NaN or infinity in it."""
+    if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
+        raise ValueError(
+            f"{model}: the vector of text {first + wrong[0] + 1} is not finite, and {len(wrong) - 1} others; its training may "
+            "have diverged, or numbers outgrow the dtype (--dtype float32)"
+        )
+
+
 def print_table(l2v: LLM2Vec, args: argparse.Namespace) -> None:
     """Cosine similarity of each text with each other, numbered as given."""
     vectors = l2v.encode(args.texts, args.instruction, batch_size=args.batch_size, normalize=True, dim=args.dim)
+    check_finite(vectors, args.model)
     for number, text in enumerate(args.texts, 1):
         print(f"{number:>3}  {text[:100]}")
     cosines = vectors @ vectors.T
@@ -61,6 +71,24 @@ def part_files(output: Path) -> tuple[Path, Path, Path]:
     return vectors, done, header
 
 
+def chunk_count(made_from: dict) -> int:
+    return -(-made_from["shape"][0] // made_from["chunk"])
+
+
+def check_part(part: Path, done_file: Path, made_from: dict) -> None:
+    """ValueError unless a stopped run's files are as long, and of the kind, that its header says."""
+    wanted = (tuple(made_from["shape"]), np.dtype(np.float32), True, part.stat().st_size, chunk_count(made_from))
+    try:
+        vectors = np.lib.format.open_memmap(part, mode="r")
+        size = vectors.offset + vectors.nbytes
+        found = (vectors.shape, vectors.dtype, vectors.flags.c_contiguous, size, done_file.stat().st_size)
+    except (ValueError, OSError) as error:
+        found = error
+    if found != wanted:
+        why = found if isinstance(found, Exception) else f"found {found}, expected {wanted}"
+        raise ValueError(f"{part}: what a stopped run left is damaged ({why}); delete it to start anew")
+
+
 def start_part(args: argparse.Namespace, made_from: dict) -> None:
     """Makes the unfinished output, or finds the one of a stopped run.
 
@@ -73,14 +101,16 @@ def start_part(args: argparse.Namespace, made_from: dict) -> None:
         if changed := [name for name in made_from if before.get(name) != made_from[name]]:
             found = ", ".join(f"{name} was {before.get(name)!r}, is {made_from[name]!r}" for name in changed)
             raise ValueError(f"{part} is a run that was stopped, with other arguments ({found}); delete {header} to start anew")
+        check_part(part, done_file, made_from)
         return
     try:
-        header.unlink(missing_ok=True)  # first: of a run that was killed between its last two steps, without its vectors
+        for path in (header, part, done_file):  # of a run that was killed between two steps; a link would be followed
+            path.unlink(missing_ok=True)
         np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=tuple(made_from["shape"])).flush()
         if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash in the middle
             with open(part, "rb+") as file:
                 os.posix_fallocate(file.fileno(), 0, part.stat().st_size)
-        np.zeros(-(-made_from["shape"][0] // made_from["chunk"]), dtype=np.uint8).tofile(done_file)
+        np.zeros(chunk_count(made_from), dtype=np.uint8).tofile(done_file)
         write_json(header, made_from)  # last: with it the other two are whole
     except OSError as error:
         part.unlink(missing_ok=True)
@@ -123,6 +153,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
                 ready = thread.submit(prepare, number + 1)
             if encoded is not None:
                 rows = l2v.encode(encoded, batch_size=args.batch_size, normalize=args.normalize, dim=args.dim)
+                check_finite(rows, args.model, first)
                 vectors[first : first + len(rows)] = rows
                 vectors.flush()
                 done[number] = 1  # after its vectors are on the disk
@@ -142,14 +173,14 @@ def main(argv: list[str]) -> None:
         raise ValueError("give texts to compare, or --input FILE with --output X.npy")
     if bool(args.input) != bool(args.output):
         raise ValueError("--input FILE and --output X.npy go together")
-    if args.batch_size is not None and args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
+    if args.batch_size is not None and not 1 <= args.batch_size < 2**31:
+        raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1, and less than 2^31")
     if args.output and not args.output.endswith(".npy"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npy")
     if args.output and Path(args.output).is_dir():
         raise ValueError(f"--output {args.output}: is a folder, expected a file")
-    if args.input and Path(args.input).exists() and not Path(args.input).is_file():
-        raise ValueError(f"--input {args.input}: a pipe, a device or a folder; it is read twice, so it must be a file")
+    if args.input and Path(args.output).resolve() == Path(args.input).resolve():
+        raise ValueError(f"--output {args.output}: is the --input too")
     device = start_process(args.device, patience=24)  # whoever is done waits for the last chunk of another
     if rank() == 0 and args.model == "tiny-llm2vec":
         print("the small encoder that ships, tiny-llm2vec; --model RUN takes yours\n")

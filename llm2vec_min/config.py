@@ -100,16 +100,31 @@ class ModelConfig:
                 known["sliding_window"] = None
             elif raw.get("max_window_layers", 28) != 0:
                 raise ValueError(f"{source}: a sliding window on some of the layers only is not supported")
+        types = raw.get("layer_types") if known.get("sliding_window") is not None else None
+        if types is not None and (not isinstance(types, list) or len({short(kind) for kind in types}) > 1):
+            raise ValueError(
+                f"{source}: layer_types is {short(types)}, but a window on some of the layers only is not supported"
+            )
+        if types and types[0] == "full_attention":
+            known["sliding_window"] = None
+        if model_type == "llama":  # transformers' Llama has no window, whatever the file says
+            known["sliding_window"] = None
         known.setdefault("num_key_value_heads", raw["num_attention_heads"])
         known.setdefault("head_dim", raw["hidden_size"] // max(1, raw["num_attention_heads"]))
 
         # transformers 5 keeps everything about rotary embeddings in one dict, transformers 4 in two fields.
-        rope = raw.get("rope_parameters") or raw.get("rope_scaling") or {}
-        if not isinstance(rope, dict):
-            raise ValueError(f"{source}: rope_scaling is {short(rope)}, expected an object")
-        rope = dict(rope)
-        known["rope_theta"] = rope.pop("rope_theta", raw.get("rope_theta", 10000.0))
-        rope["rope_type"] = rope.pop("type", None) or rope.get("rope_type", "default")
+        ropes = []
+        for rope in filter(None, (raw.get("rope_parameters"), raw.get("rope_scaling"))):
+            if not isinstance(rope, dict):
+                raise ValueError(f"{source}: rope_scaling is {short(rope)}, expected an object")
+            kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None] or ["default"]
+            theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
+            numbers = {name: value for name, value in rope.items() if name not in ("rope_type", "type")}
+            ropes.append(numbers | {"rope_theta": theta, "rope_type": kinds[0]})
+            if kinds[0] != kinds[-1] or ropes[0] != ropes[-1]:
+                raise ValueError(f"{source}: says of rotary embeddings both {short(ropes[0])} and {short(rope)}")
+        rope = ropes[0] if ropes else {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
+        known["rope_theta"] = rope.pop("rope_theta")
         if rope["rope_type"] not in tuple(ROPE_TYPES):  # a tuple, because a list has no hash
             raise ValueError(f"{source}: rope type is {short(rope['rope_type'])}, supported are {', '.join(ROPE_TYPES)}")
         known["rope_scaling"] = rope

@@ -14,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from .device import rank
+from .files import check_file
 from .tokenizer import Tokenizer
 
 MAX_LINE = 16 * 2**20  # bytes
@@ -26,6 +27,7 @@ def iter_parquet(path: Path) -> Iterator[str]:
         import pyarrow.parquet
     except ImportError:
         raise ValueError(f"{path}: reading parquet needs pyarrow: pip install pyarrow") from None
+    check_file(path)
     try:
         file = pyarrow.parquet.ParquetFile(path)
         column = next((name for name in ("text", "sentence") if name in file.schema_arrow.names), None)
@@ -51,6 +53,7 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
         ValueError: it cannot be read, or more than one line in a hundred is no UTF-8; names the file.
     """
     number = empty = cut = damaged = 0
+    check_file(path)
     try:
         with OPENERS.get(Path(path).suffix.lower(), open)(path, "rb") as file:
             while line := file.readline(MAX_LINE):  # in bytes, where only "\n" ends a line, as other tools count
@@ -62,6 +65,10 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise ValueError(f"{path}: is UTF-16, expected UTF-8 (iconv -f utf-16 -t utf-8)")
                     line = line.removeprefix(codecs.BOM_UTF8)
+                if b"\0" in line:
+                    raise ValueError(
+                        f"{path}:{number}: holds a zero byte, which no text does; is it UTF-16 (iconv -f utf-16 -t utf-8)?"
+                    )
                 try:
                     text = line.decode(errors="ignore" if is_cut else "strict")
                 except UnicodeDecodeError:
@@ -103,12 +110,18 @@ def _text_of(line: str, where: str) -> str:
         record = json.loads(line)
         text = record if isinstance(record, str) else record["text"]
         text.encode()  # half of a surrogate pair, as a cut string leaves it, is no text
-    except (json.JSONDecodeError, KeyError, TypeError, AttributeError, RecursionError):
+    except UnicodeEncodeError as error:
+        raise ValueError(f"{where}: the text holds half of a surrogate pair at character {error.start}") from None
+    except (
+        ValueError,
+        KeyError,
+        TypeError,
+        AttributeError,
+        RecursionError,
+    ):  # ValueError: no JSON, or a number of 5,000 digits
         raise ValueError(
             f'{where}: expected a JSON string or an object with a string "text", found {line.strip()[:60]!r}'
         ) from None
-    except UnicodeEncodeError as error:
-        raise ValueError(f"{where}: the text holds half of a surrogate pair at character {error.start}") from None
     return text
 
 
@@ -169,7 +182,7 @@ def pack_blocks(tokenizer: Tokenizer, lines: list[str], block_size: int, what: s
     """
     pieces = [np.zeros(0, dtype=np.int32)]
     for start in range(0, len(lines), 10_000):
-        for encoding in tokenizer.backend.encode_batch_fast(lines[start : start + 10_000]):
+        for encoding in tokenizer.encode_batch(lines[start : start + 10_000], offsets=False):
             pieces.append(np.array(encoding.ids, dtype=np.int32))
     ids = np.concatenate(pieces)
     if len(ids) < block_size:

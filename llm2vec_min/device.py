@@ -22,6 +22,8 @@ def pick_device(name: str | torch.device | None) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     try:
         device = torch.device(name)
+        if device.type == "meta" or (device.type == "cpu" and device.index):
+            raise RuntimeError("it holds no numbers" if device.type == "meta" else "there is one CPU")
         torch.empty(1, device=device)
     except (RuntimeError, AssertionError) as error:
         raise ValueError(f"device {str(name)!r} is not available ({str(error).splitlines()[0]})") from None

@@ -141,6 +141,8 @@ class LLM2Vec(nn.Module):
         super().__init__()
         if pooling not in POOLING_MODES:
             raise ValueError(f"pooling is {pooling!r}, expected one of {', '.join(POOLING_MODES)}")
+        if not isinstance(causal, bool):
+            raise ValueError(f"causal is {causal!r}, expected True or False")
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 token")
         self.decoder, self.tokenizer = decoder, tokenizer
@@ -180,7 +182,7 @@ class LLM2Vec(nn.Module):
         if dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
             warnings.warn("bfloat16 on a CPU that has no instructions for it: float32 is many times faster", stacklevel=2)
         base, chain, settings = find_chain(name)
-        for adapter in adapters:
+        for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
             chain.append(resolve(adapter))
             own = read_settings(chain[-1])
             if len(own.get("adapters", ())) > len(chain):
@@ -188,6 +190,8 @@ class LLM2Vec(nn.Module):
                     f"{adapter}: stands on {len(own['adapters']) - 1} earlier adapters: make it the model, or name them first"
                 )
             settings |= {k: v for k, v in own.items() if k in ("pooling_mode", "max_length", "causal", "template")}
+        if len({folder.resolve() for folder in chain}) < len(chain):
+            raise ValueError(f"{name}: an adapter is there twice: {', '.join(map(str, chain))}")
         try:
             base_folder = resolve(base)
         except ValueError as error:
@@ -227,6 +231,8 @@ class LLM2Vec(nn.Module):
 
     def tokenize(self, texts: list, instruction: str | None = None, max_length: int | None = None) -> list:
         """Ids and pooled positions of each text; an item may also be an [instruction, text] pair of its own."""
+        if isinstance(texts, (str, bytes, dict)):
+            raise ValueError(f"expected a list of texts, found a {type(texts).__name__}: {short(texts)}")
         pairs = [(instruction, item) if isinstance(item, str) else item for item in texts]
         for item in pairs:
             whole = isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[1], str)
@@ -293,8 +299,8 @@ class LLM2Vec(nn.Module):
         if dim is not None and not 0 < dim <= width:
             raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
-        texts = list(texts)
-        tokenized = bool(texts) and isinstance(texts[0], Encoded)
+        texts = texts if isinstance(texts, dict) else list(texts)
+        tokenized = isinstance(texts, list) and bool(texts) and isinstance(texts[0], Encoded)
         if tokenized and instruction:
             raise ValueError("an instruction is put before texts, and these are tokenized already: give it to `tokenize`")
         encoded = texts if tokenized else self.tokenize(texts, instruction)

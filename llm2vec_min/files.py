@@ -37,6 +37,12 @@ def member(folder: str | Path, name: str) -> Path:
     return path
 
 
+def check_file(path: str | Path) -> None:
+    """ValueError for what can be read but once, or never ends: where a file's content is needed, it is read more than once."""
+    if Path(path).exists() and not Path(path).is_file():
+        raise ValueError(f"{path}: a pipe, a device or a folder; it is read more than once, so it must be a file")
+
+
 def read_json(path: str | Path) -> dict:
     """A JSON object from a file.
 
@@ -85,6 +91,7 @@ def put(beside: str | Path, path: str | Path) -> None:
 def write_json(path: str | Path, value: dict) -> None:
     """Writes atomically: a killed run leaves the old file or the new one, never half of one."""
     beside = Path(f"{path}.part")
+    beside.unlink(missing_ok=True)  # it may be a link, which writing would follow
     beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
     put(beside, path)
 
@@ -117,7 +124,8 @@ def locked(output: str | Path, wait: bool = False) -> Iterator[None]:
         try:
             import fcntl
 
-            file = open(path, "w")
+            # a file of that name that holds something is the user's: neither emptied nor removed, and no link is followed
+            file = open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
         except (ImportError, OSError) as error:
             if isinstance(error, PermissionError) and path.exists():
                 raise ValueError(f"--output {output}: another user's command is writing it, or left {path} behind") from None
@@ -138,7 +146,8 @@ def locked(output: str | Path, wait: bool = False) -> Iterator[None]:
     try:
         yield
     finally:
-        path.unlink(missing_ok=True)
+        if os.fstat(file.fileno()).st_size == 0:
+            path.unlink(missing_ok=True)
         file.close()
 
 

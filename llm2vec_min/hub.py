@@ -42,10 +42,10 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
     while str(name) in PRESETS:  # one may stand on another, as tiny-mntp does on tiny
         name = PRESETS[str(name)].model
     folder = Path(expanduser(name))
-    if folder.is_dir():
+    if folder.is_dir() and str(name):
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
-        what = "is a file, expected a folder" if folder.exists() else "is neither a folder nor a hub id (owner/name)"
+        what = "is a file, expected a folder" if folder.is_file() else "is neither a folder nor a hub id (owner/name)"
         raise ValueError(f"model {str(name)!r} {what}; presets are {', '.join(PRESETS)}")
     repo, _, revision = str(name).partition("@")
     return fetch(repo, revision or None, "model", files)
@@ -78,6 +78,8 @@ def resolve_data(name: str | Path) -> list[Path]:
         ValueError: a folder without text files, or the hub's refusal.
     """
     path = Path(expanduser(name))
+    if not str(name):
+        raise ValueError("--data: found an empty name, expected a file, a folder or a data set")
     if str(name) in DATASETS and not path.exists():
         repo, pattern = DATASETS[str(name)]
         path = fetch(repo, None, "dataset", (pattern,))
@@ -87,8 +89,6 @@ def resolve_data(name: str | Path) -> list[Path]:
         if not files:
             raise ValueError(f"{path}: a folder without text files ({', '.join(TEXT_SUFFIXES)})")
         return files
-    if path.exists() and not path.is_file():
-        raise ValueError(f"{path}: a pipe or a device; it is read more than once, so it must be a file")
     return [path]
 
 

@@ -99,8 +99,8 @@ def attention_mask(
         sliding_window: w; causal queries see the last w tokens (their own included), bidirectional ones w to each side.
     Returns:
         None where scaled_dot_product_attention needs no mask: all visible, or plainly causal (its `is_causal`).
-        Otherwise bool, broadcastable to (B, 1, T, T). A padding query sees at least itself, so no row is empty
-        and no softmax gives NaN.
+        Otherwise bool, broadcastable to (B, 1, T, T). No query sees nothing, padding included (a causal one
+        itself, a bidirectional one the real tokens), so no softmax gives NaN.
     """
     windowed = sliding_window is not None and T > sliding_window
     if padding_mask is None and not windowed:

@@ -60,6 +60,14 @@ class Tokenizer:
         # Padding is masked out everywhere, so any id will do where the tokenizer names none.
         self.pad_id = self.backend.token_to_id(pad or eos or bos or "") or 0
 
+    def encode_batch(self, texts: list[str], offsets: bool = True) -> list[tokenizers.Encoding]:
+        """The backend's encodings, special tokens included; faster without the offsets of tokens in the text.
+
+        Raises:
+            ValueError: the tokenizer fails.
+        """
+        return self._call(self.backend.encode_batch if offsets else self.backend.encode_batch_fast, texts)
+
     def _call(self, function, *arguments):
         try:
             return function(*arguments)
@@ -71,6 +79,8 @@ class Tokenizer:
     def _settle(self) -> None:
         self.backend.no_padding()
         self.backend.no_truncation()
+        if getattr(self.backend.model, "dropout", None):  # the same text, the same ids
+            self.backend.model.dropout = None
         self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def fit(self, vocab_size: int) -> None:
@@ -168,7 +178,7 @@ class Tokenizer:
             size += len(text[:most])
             if size < AT_ONCE and number < len(texts):
                 continue
-            encodings = self._call(self.backend.encode_batch, [head + cut + suffix for head, cut, _ in group])
+            encodings = self.encode_batch([head + cut + suffix for head, cut, _ in group])
             for (head, cut, text), encoding in zip(group, encodings, strict=True):
                 if len(cut) < len(text) and len(encoding.ids) < max_length + 32:  # a tokenizer that leaves characters out
                     cut, encoding = text, self._call(self.backend.encode, head + text + suffix)

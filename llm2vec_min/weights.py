@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import math
 import os
 import re
 import shutil
@@ -24,6 +25,13 @@ SINGLE, INDEX = "model.safetensors", "model.safetensors.index.json"
 ADAPTER, ADAPTER_CONFIG = "adapter_model.safetensors", "adapter_config.json"
 MAX_HEADER = 8 * 2**20  # bytes of a safetensors header; 80,000 tensors
 FLOATS = ("F64", "F32", "F16", "BF16")  # whole numbers and 8 bits are quantized weights, which mean something else
+
+
+# what a PEFT adapter's config may ask for beside plain LoRA
+UNSUPPORTED = (
+    "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora",
+    "alora_invocation_tokens", "layer_replication", "trainable_token_indices", "target_parameters",
+)  # fmt: skip
 
 
 def _problems(missing, unexpected, wrong, most: int = 5) -> str:
@@ -56,6 +64,13 @@ def _misfit(file, key: str, shape: tuple[int, ...]) -> str:
     if found != shape:
         return f"{key} is {found}, expected {shape}"
     return "" if dtype in FLOATS else f"{key} holds {dtype}, expected one of {', '.join(FLOATS)}"
+
+
+def _not_finite(state: dict[str, Tensor]) -> str:
+    """The tensors that hold NaN or infinity, a few by name; empty if none does. One sum of each tells."""
+    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in state.values()]).tolist()
+    names = [name for name, total in zip(state, sums, strict=True) if not math.isfinite(total)]
+    return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 
 
 def checkpoint_files(folder: str | Path) -> list[Path]:
@@ -172,6 +187,8 @@ def _load_into(model: nn.Module, folder: str | Path, device, dtype: torch.dtype,
                     state[name] = file.get_tensor(key).to(dtype)
     if problems := _problems(missing, unexpected, wrong):
         raise ValueError(f"{folder}: the weights do not fit config.json; {problems}")
+    if broken := _not_finite(state):
+        raise ValueError(f"{folder}: NaN, infinity, or a number too large for {dtype} in {broken}")
     model.load_state_dict(state, assign=True)
 
 
@@ -287,10 +304,12 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     """
     folder = Path(folder)
     where = member(folder, ADAPTER_CONFIG)
+    if not where.is_file():
+        raise ValueError(f"{folder}: is no adapter, expected a PEFT folder with {ADAPTER_CONFIG} and {ADAPTER}")
     config = read_json(where)
     if config.get("peft_type") != "LORA":
         raise ValueError(f"{where}: peft_type is {short(config.get('peft_type'))}, expected 'LORA'")
-    for option in ("use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias"):
+    for option in UNSUPPORTED:
         if config.get(option):
             raise ValueError(f"{where}: {option} is {short(config[option])}, which is not supported")
     if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
@@ -306,6 +325,8 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
         raise ValueError(f"{where}: lora_alpha is {short(alpha)}, expected a number above 0")
     if type(dropout) not in (int, float) or not 0 <= dropout < 1:
         raise ValueError(f"{where}: lora_dropout is {short(dropout)}, expected a number in [0, 1)")
+    if type(config.get("use_rslora") or False) is not bool:
+        raise ValueError(f"{where}: use_rslora is {short(config['use_rslora'])}, expected true or false")
     if config.get("use_rslora"):
         alpha = alpha * r**0.5  # that variant scales by alpha / sqrt(r)
 
@@ -327,8 +348,12 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     missing = [f"{name}.lora_{c}" for name in targets for c in "AB" if f"{name}.lora_{c}.weight" not in state]
     # An adapter sits on every layer or on none: fewer than the model has is another model's.
     kinds = {re.sub(r"layers\.\d+\.", "", name) for name in targets}
-    if not config.get("layers_to_transform"):
-        layers = range(decoder.config.num_hidden_layers)
+    if isinstance(said := config.get("target_modules"), list):  # a string is a pattern
+        kinds |= {kind for kind in {re.sub(r"layers\.\d+\.", "", name) for name in linear} if kind.rpartition(".")[2] in said}
+    if isinstance(layers := config.get("layers_to_transform"), int):
+        layers = [layers]
+    if not layers or isinstance(layers, list):
+        layers = layers or range(decoder.config.num_hidden_layers)
         missing += [n for kind in kinds for i in layers if (n := f"layers.{i}.{kind}") not in targets]
     problems = _problems(missing, unexpected, wrong) or ("" if state else "it is empty")
     if problems:
@@ -336,6 +361,8 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
         raise ValueError(
             f"{folder}: the adapter (made for {short(base)}) does not fit {decoder.source or 'this model'}; {problems}"
         )
+    if broken := _not_finite(state):
+        raise ValueError(f"{folder}: NaN or infinity in {broken}; its training diverged")
     add_lora(decoder, r, alpha, dropout, targets)
     decoder.load_state_dict({k: v.to(decoder.norm.weight.device) for k, v in state.items()}, strict=False, assign=True)
     decoder.requires_grad_(False)

@@ -37,7 +37,8 @@ def claim(sentence: str, holds: bool) -> str:
 
     Returns it, so that the title of a figure can be one: `ax.set_title(claim("MNTP helps", after > before))`.
     """
-    assert holds, f"not true: {sentence}"
+    if not holds:
+        raise AssertionError(f"not true: {sentence}")
     print("✓", sentence)
     return sentence
 

@@ -36,7 +36,7 @@ MUTATIONS = [
     (f"{P}/model.py", "visible & padding_mask[:, None, None, :] | (ahead == 0)", "visible & padding_mask[:, None, None, :]", f"{M} {PR}"),
     (f"{P}/model.py", "is_causal=causal and mask is None", "is_causal=mask is None", M),
     (f"{P}/model.py", "return padding_mask[:, None, None, :]  # (B", "return None  # (B", M),
-    (f"{P}/model.py", "x.new_tensor(1 / (1 - probability))", "x.new_tensor(1.0)", f"{M} {SI}"),
+    (f"{P}/model.py", "mul_(1 / (1 - probability))", "mul_(1.0)", f"{M} {SI}"),
     (f"{P}/model.py", "noise = noise if training else 0.0", "pass", f"{M} {SI}"),
     (f"{P}/model.py", "swiglu(self.gate_proj(x), self.up_proj(x))", "swiglu(self.up_proj(x), self.gate_proj(x))", M),
     (f"{P}/model.py", "bias=config.attention_bias and config.model_type != \"qwen2\"", "bias=config.attention_bias", M),

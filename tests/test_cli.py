@@ -223,6 +223,71 @@ def test_a_lock_on_a_removed_file_keeps_nobody_off(tmp_path, monkeypatch):
     assert not (tmp_path / "run.lock").exists()
 
 
+def test_a_file_named_like_a_lock_or_part_is_not_lost(files, runs, tmp_path):
+    """Neither emptied nor removed, nor, where it is a link, what it leads to."""
+    precious = tmp_path / "precious"
+    for name in ("x.npy.lock", "run.lock", "precious"):
+        (tmp_path / name).write_text("mine")
+    argv = ["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output"]
+    embed.main([*argv, str(tmp_path / "x.npy")])
+    with pytest.raises(ValueError, match="nowhere.txt: not a readable"):
+        train.main(["--data", "nowhere.txt", "--output", str(tmp_path / "run")])
+    for name in ("y.npy.lock", "y.npy.part", "y.npy.part.done", "y.npy.part.json.part"):
+        (tmp_path / name).symlink_to(precious)
+    embed.main([*argv, str(tmp_path / "y.npy")])
+    assert not (tmp_path / "y.npy").is_symlink()
+    for name in ("x.npy.lock", "run.lock", "precious"):
+        assert (tmp_path / name).read_text() == "mine"
+
+
+def as_array(**options):
+    return lambda path: np.save(open(path, "wb"), np.zeros(**({"shape": (180, 64), "dtype": np.float32} | options)))
+
+
+@pytest.mark.parametrize(
+    ("end", "spoil"),
+    [
+        (".part", lambda path: os.truncate(path, 1000)),
+        (".part", lambda path: path.write_bytes(b"")),
+        (".part", lambda path: path.write_bytes(b"no array")),
+        (".part", as_array(shape=(300, 64))),
+        (".part", as_array(shape=())),
+        (".part", as_array(dtype=np.float64)),
+        (".part", as_array(order="F")),
+        (".part.done", lambda path: os.truncate(path, 1)),
+        (".part.done", lambda path: path.unlink()),
+    ],
+)
+def test_damaged_vectors_of_a_stopped_run_are_refused(files, runs, tmp_path, monkeypatch, end, spoil):
+    argv = ["--model", str(runs[1]), "--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy")]
+    embed_interrupted(monkeypatch, argv)
+    spoil(tmp_path / f"x.npy{end}")
+    with pytest.raises(ValueError, match=r"x.npy.part: what a stopped run left is damaged .*; delete it to start anew"):
+        embed.main(argv)
+    (tmp_path / "x.npy.part").unlink()
+    embed.main(argv)
+    assert (np.load(tmp_path / "x.npy") != 0).any(axis=1).all()
+
+
+def test_no_run_ends_with_weights_that_are_not_finite(files, model_folder, tmp_path):
+    argv = [*flags_of(files, model_folder, tmp_path / "run"), "--eval", "", "--max-grad-norm", "0"]
+    for flags, message in ((["--lr", "1e38", "--steps", "1"], "the trained weights are not finite"),
+                           (["--lr", "1e37", "--steps", "3"], "not finite|no step was finite")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            train.main([*argv, *flags, "--overwrite"])
+    assert not (tmp_path / "run" / "config.json").exists() and not (tmp_path / "run" / "adapter_model.safetensors").exists()
+
+
+def test_vectors_that_are_not_finite_are_an_error(files, model_folder, tmp_path, monkeypatch):
+    broken = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    broken.decoder.norm.weight.data[3] = float("inf")
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", lambda *arguments, **options: broken)
+    with pytest.raises(ValueError, match="the vector of text 1 is not finite, and 1 others"):
+        embed.main(["a", "b", "--model", str(model_folder)])
+    with pytest.raises(ValueError, match="the vector of text 1 is not finite"):
+        embed.main(["--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy"), "--normalize"])
+
+
 def test_a_file_that_shrinks_is_an_error_not_zeros(files, runs, tmp_path, monkeypatch):
     lines = list(embed.iter_lines(files / "text.txt"))
     reads = iter([iter(lines), iter(lines[:100])])
@@ -295,11 +360,20 @@ def test_help_shows_the_presets_defaults(capsys):
             ["--stage", "pretrain", "--model", "{model}"],
             "--model: is for --stage mntp or simcse or supervised, pretrain does not",
         ),
-        (["--stage", "pretrain", "--vocab-size", "100"], "--vocab-size is 100, expected at least 259: all bytes"),
+        (["--stage", "pretrain", "--vocab-size", "100"], "--vocab-size is 100, expected from 259 .all bytes"),
         (["--stage", "mntp", "--vocab-size", "300"], "--vocab-size: is for --stage pretrain, mntp does not read it"),
         (["--model", "~nobodys/run"], "'~nobodys/run' is neither a folder nor a hub id"),
-        (["--data", "/dev/null"], "/dev/null: a pipe or a device; it is read more than once"),
+        (["--data", "/dev/null"], "/dev/null: a pipe, a device or a folder; it is read more than once"),
         (["--output", "."], "--output .: expected a folder of its own, by name"),
+        (["--data", ""], "--data: found an empty name"),
+        (["--data", "{folder}"], "pipe.txt: a pipe, a device or a folder; it is read more than once"),
+        (["--eval", "{pipe}"], "pipe.txt: a pipe, a device or a folder"),
+        (["--lora-r", "9" * 30], "--lora-r is 999.*, expected a smaller number"),
+        (["--max-length", "3000000000"], "--max-length is 3000000000, expected a smaller number"),
+        (["--lora-alpha", "1e300"], "--lora-alpha is 1e.300, expected a smaller number"),
+        (["--stage", "pretrain", "--vocab-size", "1000000000"], "--vocab-size is 1000000000, expected from 259 .* to 4194304"),
+        (["--output", "{foreign}", "--overwrite"], "foreign: holds files, but not a run"),
+        (["--output", "{parts}"], "parts: holds files, but not a run"),
         (["--model"], "argument --model: expected one argument"),
     ],
 )
@@ -309,7 +383,13 @@ def test_mistakes(argv, message, files, model_folder, runs, tmp_path):
         train.main(["--stage", "simcse", "--causal", "--model", str(model_folder), "--data", str(files / "text.txt"),
                     "--output", str(tmp_path / "causal"), *QUICK])  # fmt: skip
     (tmp_path / "long.txt").write_text("\n".join(TEXTS[:6] * 400))
-    names = {"{runs}": runs[0], "{model}": model_folder, "{causal}": tmp_path / "causal", "{long}": tmp_path / "long.txt"}
+    for name, file in (("folder", "x.txt"), ("foreign", "train_args.json"), ("parts", "film.mp4.part")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / file).write_text("{}")
+    os.mkfifo(tmp_path / "folder" / "pipe.txt")
+    names = {"{runs}": runs[0], "{model}": model_folder, "{causal}": tmp_path / "causal", "{long}": tmp_path / "long.txt",
+             "{folder}": tmp_path / "folder", "{pipe}": tmp_path / "folder" / "pipe.txt", "{foreign}": tmp_path / "foreign",
+             "{parts}": tmp_path / "parts"}  # fmt: skip
     argv = [str(names.get(a, a)) for a in argv]
     model = [] if "pretrain" in argv else ["--model", str(model_folder)]
     defaults = ["--stage", "mntp", *model, "--data", str(files / "text.txt"),
@@ -404,7 +484,14 @@ def test_repeated_flags_add_up(files):
         (["a", "--model", "/nowhere"], "neither a folder nor a hub id"),
         (["a", "--max-length", "0"], "max_length is 0, expected at least 1 token"),
         (["--input", "{text}", "--output", "{folder.npy}"], "folder.npy: is a folder, expected a file"),
-        (["--input", "{pipe}", "--output", "x.npy"], "a pipe, a device or a folder; it is read twice, so it must be a file"),
+        (["--input", "{pipe}", "--output", "x.npy"], "a pipe, a device or a folder; it is read more than once, so it must"),
+        (["--input", "{npy}", "--output", "{npy}"], "same.npy: is the --input too"),
+        (["--input", "{utf16}", "--output", "x.npy"], "utf16.txt:1: holds a zero byte, which no text does; is it UTF-16"),
+        (["--input", "{digits}", "--output", "x.npy"], "digits.jsonl:1: expected a JSON string or an object"),
+        (["a", "--device", "meta"], "device 'meta' is not available .it holds no numbers"),
+        (["a", "--device", "cpu:7"], "device 'cpu:7' is not available .there is one CPU"),
+        (["a", "--model", ""], "model '' is neither a folder nor a hub id"),
+        (["a", "--adapter", "{model}"], "is no adapter, expected a PEFT folder with adapter_config.json"),
         (["--input", "{cut}", "--output", "x.npy"], "cut.jsonl:2: the text holds half of a surrogate pair"),
     ],
 )
@@ -412,8 +499,12 @@ def test_embed_mistakes(argv, message, files, model_folder, tmp_path):
     (tmp_path / "folder.npy").mkdir()
     os.mkfifo(tmp_path / "pipe")
     (tmp_path / "cut.jsonl").write_text('"a"\n{"text": "cut \\ud83d"}\n')
+    (tmp_path / "utf16.txt").write_bytes("a cat\n".encode("utf-16-le"))
+    (tmp_path / "digits.jsonl").write_text("1" * 5000)
+    (tmp_path / "same.npy").write_text("a text")
     names = {"{text}": files / "text.txt", "{folder.npy}": tmp_path / "folder.npy", "{pipe}": tmp_path / "pipe",
-             "{cut}": tmp_path / "cut.jsonl"}  # fmt: skip
+             "{cut}": tmp_path / "cut.jsonl", "{utf16}": tmp_path / "utf16.txt", "{digits}": tmp_path / "digits.jsonl",
+             "{npy}": tmp_path / "same.npy", "{model}": model_folder}  # fmt: skip
     argv = [str(names.get(a, a)) for a in argv]
     if "--model" not in argv:
         argv += ["--model", str(model_folder)]

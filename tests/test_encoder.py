@@ -277,6 +277,9 @@ def test_tokenized_before(l2v):
     """`embed.py` tokenizes one chunk while another is computed."""
     encoded = l2v.tokenize(TEXTS, "Find:")
     np.testing.assert_array_equal(l2v.encode(encoded), l2v.encode(TEXTS, "Find:"))
+    for wrong in ("a text", b"bytes", {"text": "x"}):
+        with pytest.raises(ValueError, match="expected a list of texts, found a (str|bytes|dict): "):
+            l2v.embed(wrong)
     with pytest.raises(ValueError, match="tokenized already: give it to `tokenize`"):
         l2v.encode(encoded, "Find:")
 

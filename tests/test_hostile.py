@@ -79,8 +79,8 @@ for name, fields, words in [
     ("linear by 0", dict(rope_parameters=dict(rope_type="linear", factor=0)), "factor is 0"),
     ("llama3 without a bound", dict(rope_parameters=LLAMA3 | dict(low_freq_factor=None)), "low_freq_factor is None"),
     ("llama3 with equal bounds", dict(rope_parameters=LLAMA3 | dict(low_freq_factor=4.0)), "low_freq_factor is not below"),
-    ("window below 0", dict(sliding_window=-1), "sliding_window is -1"),
-    ("window as text", dict(sliding_window="wide"), "sliding_window is 'wide'"),
+    ("window below 0", dict(model_type="mistral", sliding_window=-1), "sliding_window is -1"),
+    ("window as text", dict(model_type="mistral", sliding_window="wide"), "sliding_window is 'wide'"),
     ("positions as text", dict(max_position_embeddings="many"), "max_position_embeddings is 'many'"),
     ("bias as text", dict(attention_bias="no"), "attention_bias is 'no'"),
     ("tied as a number", dict(tie_word_embeddings=7), "tie_word_embeddings is 7"),
@@ -89,6 +89,11 @@ for name, fields, words in [
     ("model type unknown", dict(model_type="gpt\nneo"), "model_type is 'gpt\\nneo'"),
     ("activation an object", dict(hidden_act={"a": 1}), "hidden_act is {'a': 1}"),
     ("window from a layer on", dict(model_type="qwen2", use_sliding_window=True, max_window_layers="x"), "sliding window"),
+    ("a window on some layers", dict(model_type="mistral", sliding_window=4,
+     layer_types=["full_attention", "sliding_attention", "full_attention"]), "a window on some of the layers only"),
+    ("layer types a word", dict(model_type="mistral", layer_types="x"), "layer_types is 'x'"),
+    ("two ropes", dict(rope_parameters=dict(rope_type="default"), rope_scaling=dict(type="linear", factor=8)), "embeddings both"),
+    ("two types of a rope", dict(rope_parameters=dict(rope_type="default", type="linear", factor=2)), "embeddings both"),
     ("larger than its weights", dict(hidden_size=128), "do not fit"),
 ]:  # fmt: skip
     where = "" if words == "do not fit" else CONFIG
@@ -375,6 +380,8 @@ for name, fields, words in [
     ("a pattern of ranks", dict(rank_pattern={"x" * 999: 1}), "rank_pattern is {'xxx"),
     ("no base", dict(base_model_name_or_path=None), "base_model_name_or_path is None"),
     ("a number as base", dict(base_model_name_or_path=5), "base_model_name_or_path is 5"),
+    ("layers twice", dict(layer_replication=[[0, 2], [1, 3]]), "layer_replication is [[0, 2], [1, 3]], which is not supported"),
+    ("rslora as text", dict(use_rslora="no"), "use_rslora is 'no'"),
 ]:
     file = ADAPTER_CONFIG
     case(f"adapter: {name}", file, words)(lambda folder, fields=fields: make_adapter(folder, **fields))
@@ -401,7 +408,7 @@ def circle(folder):
 
 
 for name, header, words in [
-    ("empty", {}, "it is empty"),
+    ("empty", {}, "missing: layers.0.self_attn.q_proj, layers.1.self_attn.q_proj"),
     ("of whole numbers", {"base_model.model.layers.0.self_attn.q_proj.lora_A.weight": tensor("I32", (2, 64), (0, 512))}, "holds I32"),
     ("for no layer", {"base_model.model.layers.0.self_attn.x_proj.lora_A.weight": tensor()}, "unexpected: layers.0.self_attn.x_proj"),
     ("with a name of any kind", {"../../x\n": tensor()}, "unexpected: ../../x\\n"),

@@ -3,6 +3,7 @@
 import copy
 import json
 import os
+import shutil
 import stat
 import threading
 
@@ -144,6 +145,50 @@ def test_bin_is_converted_once(reference, tmp_path, monkeypatch):
     assert torch.equal(load_decoder(source).norm.weight, state["model.norm.weight"]), "another file, another conversion"
     assert len(loaded) == 1
     assert len(list(converted.parent.iterdir())) == 2, "nothing unfinished stays"
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e300])
+def test_weights_that_are_not_finite_are_refused(reference, tmp_path, value):
+    """One in one matrix: attention may hide it, and give finite numbers that mean nothing."""
+    model, folder = reference("llama")
+    shutil.copytree(folder, tmp_path / "model")
+    state = {name: weight.double() for name, weight in model.state_dict().items()}
+    state["model.layers.1.self_attn.q_proj.weight"][3, 5] = value
+    safetensors.torch.save_file(state, tmp_path / "model" / "model.safetensors", metadata={"format": "pt"})
+    for load in (load_decoder, load_language_model):
+        with pytest.raises(ValueError, match=r"NaN, infinity, or a number too large .* in .*layers.1.self_attn.q_proj.weight$"):
+            load(tmp_path / "model")
+
+
+def test_an_adapter_that_is_not_finite_or_lacks_what_it_says_it_has(reference, tmp_path):
+    def load() -> None:
+        load_adapter(load_decoder(reference("llama")[1]), tmp_path)
+
+    decoder = load_decoder(reference("llama")[1])
+    add_lora(decoder, r=2)
+    save_adapter(decoder, tmp_path, "some/base")
+    load()
+    file = tmp_path / "adapter_model.safetensors"
+    whole = safetensors.torch.load_file(file)
+    safetensors.torch.save_file({name: t for name, t in whole.items() if "q_proj" not in name}, file)
+    with pytest.raises(
+        ValueError, match="missing: layers.0.self_attn.q_proj, layers.1.self_attn.q_proj, layers.2.self_attn.q_proj$"
+    ):
+        load()
+    whole["base_model.model.layers.2.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
+    safetensors.torch.save_file(whole, file)
+    with pytest.raises(ValueError, match="NaN or infinity in layers.2.mlp.up_proj.lora_B.weight; its training diverged"):
+        load()
+
+
+def test_windows_are_those_of_transformers(reference, tmp_path):
+    """A Llama has none, whatever its file says, and layers of full attention have none."""
+    raw = json.loads((reference("mistral-window")[1] / "config.json").read_text())
+    kinds = {"full_attention": None, "sliding_attention": raw["sliding_window"]}
+    for kind, window in kinds.items():
+        layers = [kind] * raw["num_hidden_layers"]
+        assert ModelConfig.from_dict(raw | {"layer_types": layers}).sliding_window == window
+    assert ModelConfig.from_dict(raw | {"model_type": "llama", "layer_types": None}).sliding_window is None
 
 
 def test_of_several_processes_one_converts_and_the_others_wait(reference, tmp_path, monkeypatch):

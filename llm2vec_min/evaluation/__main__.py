@@ -68,6 +68,11 @@ def check(args: argparse.Namespace) -> dict[str, str]:
             raise ValueError(f"--{name} {path}: its folder does not exist")
         if path and Path(path).is_dir():
             raise ValueError(f"--{name} {path}: is a folder, expected a file's name")
+        files = [Path(file) for task in args.tasks for file in task.partition(":")[2].split(",")]
+        if path and Path(path).resolve() in [file.resolve() for file in files]:
+            raise ValueError(f"--{name} {path}: is a file of the --tasks too")
+    if args.layers and not any(task.startswith("words:") for task in args.tasks):
+        raise ValueError("--layers: none of the --tasks is of the kind words")
     if args.plot and Path(args.plot).suffix not in (".png", ".svg", ".pdf"):
         raise ValueError(f"--plot {args.plot}: expected a name that ends in .png, .svg or .pdf")
     if twice := [name for name in args.compare if args.compare.count(name) > 1]:

@@ -247,11 +247,11 @@ def over_http(url: str, model: str) -> Encode:
 
     def ask(address: str, body: dict | None = None) -> dict:
         data = json.dumps(body).encode() if body else None
-        request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
         try:
+            request = urllib.request.Request(address, data, {"Content-Type": "application/json"})
             with urllib.request.urlopen(request, timeout=120) as answer:
                 return json.load(answer)
-        except (OSError, ValueError, http.client.HTTPException) as error:
+        except (OSError, ValueError, RecursionError, http.client.HTTPException) as error:
             raise ValueError(f"--url {address}: no usable answer ({error})") from None
 
     if not url.startswith(("http://", "https://")) or not url.endswith("/embeddings"):
@@ -262,6 +262,8 @@ def over_http(url: str, model: str) -> Encode:
     except (ValueError, KeyError, IndexError, TypeError):
         pass  # a server may list none
 
+    sizes: set[tuple] = set()
+
     def encode(texts: list[str], instruction: str | None = None) -> np.ndarray:
         answer = ask(url, {"model": model, "input": texts})
         try:
@@ -271,6 +273,9 @@ def over_http(url: str, model: str) -> Encode:
             raise ValueError(f"--url {url}: expected data: [{{index, embedding}}, ...], found {str(answer)[:60]}") from None
         if len(vectors) != len(texts):
             raise ValueError(f"--url {url}: found {len(vectors)} vectors for {len(texts)} texts")
+        sizes.add(vectors.shape[1:])
+        if len(sizes) > 1:
+            raise ValueError(f"--url {url}: found vectors of another size than before: {sorted(sizes)}")
         return vectors
 
     return encode

@@ -175,6 +175,8 @@ def read_retrieval(folder: str | Path) -> tuple[dict[str, str], dict[str, str], 
             raise ValueError(f"{path}:{number}: {fields[0]!r} and {fields[1]!r} were judged otherwise before")
     if not qrels:
         raise ValueError(f"{path}: no judgement in it, expected query id<tab>document id<tab>relevance")
+    if not any(gain > 0 for judged in qrels.values() for gain in judged.values()):
+        raise ValueError(f"{path}: no document is relevant to any query, expected a relevance above 0 somewhere")
     return documents, queries, qrels
 
 

@@ -82,7 +82,7 @@ def word_states(l2v: LLM2Vec, sentences: list[list[str]], layers: list[int], bat
     """
     encoded, owners = [], []  # for each sentence its ids, and the (word, position) pairs that belong together
     texts, first = [" ".join(words) for words in sentences], 0
-    for words, encoding in zip(sentences, l2v.tokenizer.backend.encode_batch(texts), strict=True):
+    for words, encoding in zip(sentences, l2v.tokenizer.encode_batch(texts), strict=True):
         ends = np.cumsum([len(word) + 1 for word in words]) - 1
         starts = np.append(0, ends[:-1] + 1)
         ids = np.array(encoding.ids[: l2v.max_length], dtype=np.int64)

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
@@ -57,6 +58,8 @@ def export_model(
         raise ValueError(f"the prompt name {PLAIN!r} stands for a text without an instruction, take another")
     # query and document, or sentence-transformers makes up empty ones without the marker
     prompts = {PLAIN: "", "query": "", "document": "", **(prompts or {})}
+    for prompt in prompts.values():
+        l2v.tokenize(["a"], prompt)  # refuses one that leaves no room for a text
     if sentence_transformers:
         _refuse_unequal(l2v, prompts)
     l2v.check_place(output, overwrite)
@@ -200,7 +203,7 @@ def model_card(
         f"- Attention: {'causal' if l2v.causal else 'bidirectional'}; pooling: {l2v.pooling}, over the text's own tokens; "
         f"at most {l2v.max_length} tokens{'; vectors of length 1' if normalize else ''}",
         *[f"- Adapter {i}: {stage}" for i, stage in enumerate(stages, 1)],
-        *[f"- Instruction `{name}`: {prompt}" for name, prompt in prompts.items() if prompt],
+        *[f"- Instruction `{name}`: {' '.join(prompt.split())}" for name, prompt in prompts.items() if prompt],
         *[f"- {name}: {value:.2f}" for name, value in scores.items()],
         "",
         "```python",
@@ -237,6 +240,18 @@ def _warnings(l2v: LLM2Vec, sentence_transformers: bool) -> list[str]:
     return [line for text in wrong for line in (text, "")]
 
 
+def read_spearman(metrics: Path) -> list[float]:
+    """A run's scores on its --eval pairs, in the order of its steps; lines that hold none, or are damaged, are passed over."""
+    scores = []
+    for line in metrics.read_text(encoding="utf-8", errors="replace").splitlines() if metrics.is_file() else []:
+        try:
+            score = float(json.loads(line)["spearman"])
+        except (ValueError, TypeError, KeyError, RecursionError):
+            continue
+        scores += [score] if math.isfinite(score) else []
+    return scores
+
+
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llm2vec_min.interop.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
@@ -252,10 +267,13 @@ def main(argv: list[str]) -> None:
     args = parser.parse_args(argv)
     if wrong := [p for p in args.prompt if "=" not in p]:
         raise ValueError(f"--prompt {wrong[0]!r}: expected NAME=INSTRUCTION")
+    names = [p.partition("=")[0] for p in args.prompt]
+    if wrong := [name for name in names if not name.strip() or names.count(name) > 1]:
+        raise ValueError(
+            f"--prompt: the name {wrong[0]!r} is empty or there twice, expected one of its own for each instruction"
+        )
     l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, device=args.device or "cpu", dtype=args.dtype)
-    metrics = Path(args.model) / "metrics.jsonl"  # a run's own: its last evaluation goes into the card
-    lines = metrics.read_text().splitlines() if metrics.is_file() and not args.adapter else []
-    spearman = [record["spearman"] for record in map(json.loads, lines) if "spearman" in record]
+    spearman = [] if args.adapter else read_spearman(Path(args.model) / "metrics.jsonl")  # a run's own, for the card
     export_model(
         l2v,
         args.output,

@@ -11,8 +11,9 @@ from os.path import expanduser
 from pathlib import Path
 
 from ..cli import refuse
-from ..config import PAPER, PRESETS, Preset
+from ..config import MOST, PAPER, PRESETS, Preset
 from ..device import DTYPES
+from ..files import short
 from ..hub import DATASETS, find_preset
 from ..pooling import POOLING_MODES
 from .loop import Settings
@@ -184,6 +185,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     for name, value in vars(args).items():
         if isinstance(value, float) and not math.isfinite(value):
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
+        if isinstance(value, int) and abs(value) >= (2**63 if name == "seed" else 2**31):
+            raise ValueError(f"--{name.replace('_', '-')} is {short(value)}, expected a smaller number")
+    if args.lora_alpha >= 1e30:
+        raise ValueError(f"--lora-alpha is {args.lora_alpha}, expected a smaller number")
     for name in ("steps", "batch_size", "lora_r", "lora_alpha", "lr", "temperature"):
         if not getattr(args, name) > 0:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
@@ -209,11 +214,16 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         and not default_data(args.stage, find_preset(args.preset or args.model))
     ):
         raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
+    args.output = expanduser(args.output)
+    if Path(args.output).is_symlink():  # the folder that it leads to is what is written and replaced
+        args.output = str(Path(args.output).resolve())
     if not Path(args.output).name:
         raise ValueError(f"--output {args.output}: expected a folder of its own, by name")
     if args.stage == "pretrain":
-        if args.vocab_size < 259:
-            raise ValueError(f"--vocab-size is {args.vocab_size}, expected at least 259: all bytes, <s>, </s> and <pad>")
+        if not 259 <= args.vocab_size <= MOST["vocab_size"]:
+            raise ValueError(
+                f"--vocab-size is {args.vocab_size}, expected from 259 (all bytes, <s>, </s> and <pad>) to {MOST['vocab_size']}"
+            )
         if args.dry_run:
             raise ValueError("--dry-run plans the stages that train an adapter, pretrain is none")
         heads, width = args.num_attention_heads, args.hidden_size

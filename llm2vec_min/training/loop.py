@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..device import rank, world_size
-from ..files import put, read_json, replace_folder, write_json
+from ..files import check_file, put, read_json, replace_folder, write_json
 from . import distributed
 
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
@@ -95,8 +95,8 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
     beside = output.with_name(output.name + ".part")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file, expected a folder")
-    work = beside if resume and (beside / ARGUMENTS).is_file() else output
-    if not (work / ARGUMENTS).is_file():
+    work = beside if resume and is_run(beside) else output
+    if not is_run(work):
         if is_foreign(work):
             raise ValueError(f"--output {work}: holds files, but not a run")
         return work
@@ -112,9 +112,13 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
     return beside
 
 
+def is_run(folder: Path) -> bool:
+    return (folder / ARGUMENTS).is_file() and "stage" in read_json(folder / ARGUMENTS)
+
+
 def is_foreign(folder: Path) -> bool:
     """It holds more than what a run that was killed at its very start has left."""
-    return folder.is_dir() and any(path.suffix != ".part" for path in folder.iterdir())
+    return folder.is_dir() and any(path.name != ARGUMENTS + ".part" for path in folder.iterdir())
 
 
 def is_finished(work: Path) -> bool:
@@ -129,7 +133,7 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
         ValueError: it cannot be written.
     """
     if work.name.endswith(".part") and work.is_dir():  # what an earlier try to replace a run has left
-        if not (work / ARGUMENTS).is_file() and is_foreign(work):
+        if not is_run(work) and is_foreign(work):
             raise ValueError(f"--output: {work} is in the way and is no run of ours; move it")
         shutil.rmtree(work, ignore_errors=True)
     try:
@@ -146,8 +150,11 @@ def finish_output(work: Path, output: str | Path) -> None:
     output = Path(output)
     if work != output:
         replace_folder(work, output)
-    # what a kill has left (safetensors writes into .tmp files), and last the checkpoint, which `is_finished` looks for
-    for path in (*output.glob("*.part"), *output.glob(".tmp*"), output / BEFORE, output / CHECKPOINT):
+    # what a kill has left beside a file of the run (safetensors writes into .tmp files), and last the checkpoint, which
+    # `is_finished` looks for
+    left = [path for path in output.glob("*.part") if path.with_suffix("").exists() and path.is_file()]
+    left += [path for path in output.glob(".tmp??????") if path.is_file()]
+    for path in (*left, output / (CHECKPOINT + ".part"), output / BEFORE, output / CHECKPOINT):
         path.unlink(missing_ok=True)
 
 
@@ -159,6 +166,7 @@ def identify(paths: list[str]) -> dict[str, str]:
     """What is in each file, for the run's arguments: a resumed run must read what it has begun with."""
     found = {}
     for path in paths:
+        check_file(path)
         try:
             with open(path, "rb") as file:
                 found[f"SHA-256 of {path}"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
@@ -257,6 +265,10 @@ class Loop:
             if done < s.steps and self.stopped:
                 raise KeyboardInterrupt(f"stopped after step {done}, which is saved; the same command with --resume goes on")
         self.model.eval()
+        sums = torch.stack([parameter.detach().sum() for parameter in self.parameters.values()]).tolist()
+        if self.skipped == s.steps or not all(map(math.isfinite, sums)):
+            what = "no step was finite" if self.skipped == s.steps else "the trained weights are not finite"
+            raise ValueError(f"{what}, so there is no result; start anew with a lower --lr or --dtype float32, and --overwrite")
 
     def open(self) -> None:
         """Makes the folder of a new run; iterating does it too, once every check has passed."""

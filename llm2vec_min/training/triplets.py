@@ -49,6 +49,9 @@ ECHO_DATA = {
 }
 
 
+FIELDS = ("query", "positive", "negative", "instruction")
+
+
 def texts_of(record: dict, field: str, where: str) -> list[str]:
     """A field's text or texts; ValueError for anything else, and where there is none but of the negative."""
     value = record.get(field)
@@ -77,6 +80,9 @@ def read_file(path: Path) -> list[Triplet]:
             raise ValueError(f"{where}: is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
+        for field in set(record) - set(FIELDS):
+            if (meant := field.lower().removesuffix("s")) in FIELDS:
+                raise ValueError(f'{where}: has the field "{field}", which is not read; expected "{meant}"')
         (query, *rest), positives, negatives = (texts_of(record, field, where) for field in ("query", "positive", "negative"))
         own = record.get("instruction")
         if rest or not isinstance(own, str | None):

@@ -300,6 +300,7 @@ def test_behind_a_server(l2v, serve, capsys):
 
 
 def test_mistakes(model_folder, serve):
+    sizes = iter([64, 64, 7])
     for flags, message in (
         (["--with", "sentence-transformers"], "is no export, make one"),
         (["--url", "ftp://x/embeddings"], "expected http://HOST:PORT"),
@@ -307,6 +308,8 @@ def test_mistakes(model_folder, serve):
         (["--url", "http://127.0.0.1:PORT/v1/embeddings"], "no usable answer"),  # as --help writes it
         (["--url", serve(None)], r"expected data: \[{index, embedding}"),
         (["--url", serve(lambda texts: np.ones((1, 8)))], "found 1 vectors for 7 texts"),
+        (["--url", "http://[::1/embeddings"], "no usable answer"),
+        (["--url", serve(lambda texts: np.ones((len(texts), next(sizes))))], r"vectors of another size than before: .*7,"),
         (["--tolerance", "nan"], r"--tolerance is nan, expected a distance in \[0, 2\)"),
         (["--url", "http://x/embeddings", "--with", "sentence-transformers"], "give one of them"),
     ):

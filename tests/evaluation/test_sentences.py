@@ -325,6 +325,7 @@ BEIR = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": ""}
         ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t" + "9" * 5000}, "qrels.tsv:1: found .*whole number"),
         ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t1\nq\td\t0\n"}, "qrels.tsv:2: 'q' and 'd' were judged otherwise before"),
         ("retrieval:.", BEIR | {"qrels.tsv": "query-id\tcorpus-id\tscore\n"}, "no judgement"),
+        ("retrieval:.", BEIR | {"qrels.tsv": "q\td\t0\n"}, "qrels.tsv: no document is relevant to any query"),
         ("retrieval:.", BEIR | {"corpus.jsonl": CORPUS * 2}, "corpus.jsonl:2: the _id 'd' was there"),
         ("retrieval:.", BEIR | {"corpus.jsonl": "\n"}, "corpus.jsonl: no text in it"),
         ("retrieval:.", BEIR | {"corpus.jsonl": '{"_id": 1, "text": "x"}'}, "corpus.jsonl:1: found"),
@@ -362,12 +363,14 @@ def test_bad_input_before_a_model_is_loaded(tmp_path, monkeypatch, task, content
         (["--compare", "tiny", "tiny-mntp", "tiny"], "--compare tiny: named twice"),
         (["--instruction", "sts=a", "sts=b"], "--instruction: one text for each kind of task"),
         (["--instruction", "retrieval=a"], "--instruction retrieval: none of the --tasks is of this kind"),
-        (["--layers", "-1"], "--layers -1: expected 0 .embeddings. to 6, the last"),
+        (["--layers", "1"], "--layers: none of the --tasks is of the kind words"),
+        (["--json", "{sts}"], "sts.tsv: is a file of the --tasks too"),
         (["--ladder", "tiny-mntp", "--causal"], "--causal goes without --ladder"),
         (["--ladder", "tiny"], "expected a run's output folder, found a model without adapters"),
         (["--pooling", "median"], "pooling is 'median', expected one of mean"),
     ],
 )
 def test_bad_flags(files, flags, message):
+    flags = [flag.replace("{sts}", f"{files}/sts.tsv") for flag in flags]
     with pytest.raises(ValueError, match=message):
         main(["--tasks", f"sts:{files}/sts.tsv", *flags, "--device", "cpu"])

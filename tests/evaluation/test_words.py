@@ -101,8 +101,9 @@ def test_probe_reads_what_the_state_holds(tmp_path):
     assert list(scores) == both + [name + "_layer_1" for name in both]
     assert scores["token_accuracy"] > 97 and scores["span_f1"] > 97 and scores["token_accuracy_layer_1"] > 97
     assert scores["token_accuracy_left"] < 70 and scores["span_f1_left"] < 60
-    with pytest.raises(ValueError, match=f"--layers 99: expected 0 .embeddings. to {L}"):
-        evaluate(l2v, [task], layers=[99])
+    for wrong in (99, -1):
+        with pytest.raises(ValueError, match=f"--layers {wrong}: expected 0 .embeddings. to {L}"):
+            evaluate(l2v, [task], layers=[wrong])
 
 
 def test_conllu_under_another_name_is_refused(tmp_path):

@@ -166,6 +166,14 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     assert (tmp_path / "run" / "adapter_model.safetensors").exists()
 
 
+def test_scores_for_the_card_from_damaged_metrics(tmp_path):
+    lines = ['{"step": 1, "spearman": 41.5}', "5", '"spearman"', '["spearman"]', '{"spearman": null}', '{"spearman": "x"}',
+             '{"spearman": NaN}', '{"step": 2, "spear', "", '{"step": 3, "spearman": 43}', "[" * 10**5]  # fmt: skip
+    (tmp_path / "metrics.jsonl").write_bytes("\n".join(lines).encode() + b"\xff\n")
+    assert export_module.read_spearman(tmp_path / "metrics.jsonl") == [41.5, 43]
+    assert export_module.read_spearman(tmp_path / "none.jsonl") == []
+
+
 def test_command(tmp_path, capsys):
     make(tmp_path)
     main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "out"), "--prompt", f"query={INSTRUCTION}"])
@@ -173,5 +181,9 @@ def test_command(tmp_path, capsys):
     assert prompts == {"plain": "\x1f", "query": INSTRUCTION + "\x1f", "document": "\x1f"}
     with pytest.raises(ValueError, match="expected NAME=INSTRUCTION"):
         main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", "query"])
+    for prompts, message in ((["a=x", "a=y"], "the name 'a' is empty or there twice"), (["=x"], "the name '' is empty"),
+                             ([f"long={'word ' * 600}"], "leaves no room for the text")):  # fmt: skip
+        with pytest.raises(ValueError, match=message):
+            main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", *prompts])
     with pytest.raises(ValueError, match="'plain' stands for a text without an instruction"):
         main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", "plain=Find:"])

@@ -221,28 +221,30 @@ def test_checkpoint_of_another_torch_or_run(model_folder, tmp_path, monkeypatch,
 
 def test_output_folder(tmp_path):
     run = tmp_path / "run"
-    assert plan_output(run, {"lr": 1}) == run and not run.exists(), "a plan writes nothing"
-    open_output(run, {"lr": 1})
-    assert json.loads((run / "train_args.json").read_text()) == {"lr": 1}
+    assert plan_output(run, dict(stage="mntp", lr=1)) == run and not run.exists(), "a plan writes nothing"
+    open_output(run, dict(stage="mntp", lr=1))
+    assert json.loads((run / "train_args.json").read_text()) == dict(stage="mntp", lr=1)
     with pytest.raises(ValueError, match="an unfinished run; --resume continues it"):
         plan_output(run, {})
-    assert plan_output(run, {"lr": 1}, resume=True) == run
+    assert plan_output(run, dict(stage="mntp", lr=1), resume=True) == run
     with pytest.raises(ValueError, match="lr was 1, is 2"):
-        plan_output(run, {"lr": 2}, resume=True)
+        plan_output(run, dict(stage="mntp", lr=2), resume=True)
     (run / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="already holds a run; --overwrite starts anew"):
         plan_output(run, {})
-    beside = plan_output(run, {"lr": 2}, overwrite=True)
+    beside = plan_output(run, dict(stage="mntp", lr=2), overwrite=True)
     assert beside == tmp_path / "run.part"
     beside.mkdir()
-    (beside / "train_args.json").write_text("{}")
+    (beside / "train_args.json").write_text('{"stage": "mntp"}')
     (beside / "of an earlier try").touch()
-    open_output(beside, {"lr": 2})
+    open_output(beside, dict(stage="mntp", lr=2))
     assert [p.name for p in beside.iterdir()] == ["train_args.json"]
-    assert json.loads((run / "train_args.json").read_text()) == {"lr": 1}, "the old run is whole until the new one has ended"
-    assert plan_output(run, {"lr": 2}, resume=True) == beside
+    assert json.loads((run / "train_args.json").read_text()) == dict(stage="mntp", lr=1), (
+        "the old run is whole until the new one has ended"
+    )
+    assert plan_output(run, dict(stage="mntp", lr=2), resume=True) == beside
     finish_output(beside, run)
-    assert json.loads((run / "train_args.json").read_text()) == {"lr": 2} and not (run / "config.json").exists()
+    assert json.loads((run / "train_args.json").read_text()) == dict(stage="mntp", lr=2) and not (run / "config.json").exists()
     assert [p.name for p in tmp_path.iterdir()] == ["run"]
     other = tmp_path / "documents"
     other.mkdir()

@@ -369,6 +369,8 @@ def test_the_authors_folder(tmp_path, monkeypatch):
         ("[1]", r"a.jsonl:2: holds a list, expected a JSON object"),
         ({"positive": "p"}, r'a.jsonl:2: "query" is missing; a line is {"query"'),
         ({"query": "q"}, r'a.jsonl:2: "positive" is missing'),
+        ({"query": "q", "positive": "p", "negatives": ["n"]}, r'a.jsonl:2: has the field "negatives", .* expected "negative"'),
+        ({"query": "q", "positive": "p", "Instruction": "i"}, r'has the field "Instruction", .* expected "instruction"'),
         ({"query": "q", "positive": []}, r'a.jsonl:2: "positive" is \[\], expected a text or a list of texts'),
         ({"query": " ", "positive": "p"}, r'a.jsonl:2: "query" is \' \', expected a text; a line is'),
         ({"query": "q", "positive": "p", "negative": [""]}, r'a.jsonl:2: "negative" is \[\'\'\]'),
