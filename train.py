@@ -19,7 +19,16 @@ import torch
 from llm2vec_min.cli import run
 from llm2vec_min.config import PRESETS, ModelConfig
 from llm2vec_min.data import pack_blocks, read_lines, read_pairs, read_split
-from llm2vec_min.device import barrier, pick_dtype, rank, start_process, stop_process, use_deterministic, world_size
+from llm2vec_min.device import (
+    barrier,
+    pick_device,
+    pick_dtype,
+    rank,
+    start_process,
+    stop_process,
+    use_deterministic,
+    world_size,
+)
 from llm2vec_min.encoder import LLM2Vec
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.files import locked, read_json, write_json
@@ -152,8 +161,12 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         l2v.save_run(work, args.stage)
 
 
-def fit_memory(args: argparse.Namespace, settings: Settings, said: set, device: torch.device) -> Settings:
+def fit_memory(
+    args: argparse.Namespace, parser: argparse.ArgumentParser, settings: Settings, argv: list[str], device: torch.device
+) -> Settings:
     """Checkpointing and micro-batch for the free memory of a GPU, where the user has not said; a resumed run keeps its own."""
+    given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FITTED))))
+    said = {name for name in FITTED if given[name] is not None}
     before = [path for path in (Path(f"{args.output}.part", ARGUMENTS), Path(args.output, ARGUMENTS)) if path.is_file()]
     if args.resume and before:
         settings = replace(settings, **{n: read_json(before[0])[n] for n in FITTED if n not in said})
@@ -174,6 +187,8 @@ def main(argv: list[str]) -> None:
     check(args, parser)
     settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
     if args.dry_run:
+        if torch.cuda.is_available() and (args.device or "cuda").startswith("cuda"):  # what the run itself would choose here
+            settings = fit_memory(args, parser, settings, argv, pick_device(args.device))
         shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
         print(memory.describe(memory.plan_run(*shape)))
         if args.stage == "supervised":
@@ -198,8 +213,7 @@ def run_stage(
 ) -> None:
     """One stage from its checks to the folder that holds the result."""
     if device.type == "cuda" and args.stage != "pretrain":
-        given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FITTED))))
-        settings = fit_memory(args, settings, {name for name in FITTED if given[name] is not None}, device)
+        settings = fit_memory(args, parser, settings, argv, device)
     shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
     args.dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.data = args.data or default_data(args.stage, find_preset(args.preset or args.model))

@@ -540,6 +540,19 @@ def test_dry_run_loads_nothing(model_folder, tmp_path, capsys):
     assert not (tmp_path / "run").exists()
 
 
+def test_dry_run_on_a_gpu_plans_what_the_run_would_choose_there(capsys, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(train, "pick_device", lambda name: torch.device("cuda"))
+    peaks = []
+    for free in (80e9, 12e9):
+        monkeypatch.setattr(train.memory, "free_memory", lambda device, free=free: free)
+        train.main(["--stage", "simcse", "--batch-size", "4096", "--max-length", "512", "--dry-run"])
+        out = capsys.readouterr().out
+        assert f"for {free / 1e9:.0f} GB: --gradient-checkpointing" in out
+        peaks.append(float(out.split("peak memory of each process")[1].split()[0]))
+    assert peaks[0] > 12 > peaks[1]
+
+
 def test_out_of_memory_names_the_largest_item(model_folder, tmp_path, monkeypatch):
     def fail(*arguments, **options):
         raise torch.OutOfMemoryError("CUDA out of memory")
