@@ -68,7 +68,7 @@ def _misfit(file, key: str, shape: tuple[int, ...]) -> str:
 
 def _not_finite(state: dict[str, Tensor]) -> str:
     """The tensors that hold NaN or infinity, a few by name; empty if none does. One sum of each tells."""
-    sums = torch.stack([tensor.sum(dtype=torch.float32) for tensor in state.values()]).tolist()
+    sums = torch.stack([tensor.sum() for tensor in state.values()]).tolist()
     names = [name for name, total in zip(state, sums, strict=True) if not math.isfinite(total)]
     return ", ".join(names[:3]) + (f" and {len(names) - 3} more" if len(names) > 3 else "")
 

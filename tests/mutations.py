@@ -128,6 +128,16 @@ MUTATIONS = [
     ("train.py", "causal=args.causal or None,", "", f"tests/test_cli.py {SE}"),
     ("train.py", "torch.manual_seed(args.seed)\n    add_lora", "add_lora", SE),
     ("train.py", "dtype=args.dtype,", "", SE),
+    (f"{P}/lora.py", "        self.train(base.training)\n", "", L),
+    (f"{P}/weights.py", "if not math.isfinite(total)]", "if False]", W),
+    (f"{P}/weights.py", 'kind.rpartition(".")[2] in said', "False", W),
+    (f"{P}/files.py", "os.chmod(beside, 0o666 & ~UMASK)", "pass", W),
+    (f"{P}/files.py", "LOCK_EX | (0 if wait else fcntl.LOCK_NB)", "LOCK_EX | fcntl.LOCK_NB", W),
+    (f"{P}/training/loop.py", "not all(map(math.isfinite, sums))", "False", "tests/test_cli.py"),
+    (f"{P}/training/mntp.py", "settings.batch_size // world_size()  # as many as in training", "settings.batch_size", LO),
+    (f"{P}/hub.py", '    "adapters/*/adapter_config.json",  # the earlier stages of a run\n', "", "tests/test_hub_server.py"),
+    (f"{P}/interop/export.py", '"padding_side": "right"', '"padding_side": "left"', "tests/interop/test_export.py"),
+    ("embed.py", "        check_part(part, done_file, made_from)\n", "", "tests/test_cli.py"),
 ]  # fmt: skip
 
 
