@@ -265,9 +265,13 @@ class Loop:
             if done < s.steps and self.stopped:
                 raise KeyboardInterrupt(f"stopped after step {done}, which is saved; the same command with --resume goes on")
         self.model.eval()
+        self._check_result()
+
+    def _check_result(self) -> None:
+        """ValueError after a run in which no step counted, or whose last one was too large."""
         sums = torch.stack([parameter.detach().sum() for parameter in self.parameters.values()]).tolist()
-        if self.skipped == s.steps or not all(map(math.isfinite, sums)):
-            what = "no step was finite" if self.skipped == s.steps else "the trained weights are not finite"
+        if self.skipped == self.settings.steps or not all(map(math.isfinite, sums)):
+            what = "no step was finite" if self.skipped == self.settings.steps else "the trained weights are not finite"
             raise ValueError(f"{what}, so there is no result; start anew with a lower --lr or --dtype float32, and --overwrite")
 
     def open(self) -> None:
