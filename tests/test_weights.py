@@ -1,6 +1,7 @@
 """Checkpoints and adapters, read and written, against transformers and peft; broken ones are refused in one error."""
 
 import copy
+import fcntl
 import json
 import os
 import shutil
@@ -195,20 +196,28 @@ def test_of_several_processes_one_converts_and_the_others_wait(reference, tmp_pa
     (tmp_path / "config.json").write_bytes((reference("llama")[1] / "config.json").read_bytes())
     torch.save(reference("llama")[0].state_dict(), tmp_path / "pytorch_model.bin")
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
-    loaded, load, other = [], torch.load, threading.Thread(target=load_decoder, args=[tmp_path])
+    loaded, found, load, flock, asks = [], [], torch.load, fcntl.flock, threading.Event()
+    other = threading.Thread(target=lambda: found.append(load_decoder(tmp_path)))
+
+    def lock(file, operation):
+        if threading.current_thread() is other:
+            asks.set()
+        flock(file, operation)
 
     def meanwhile(*arguments, **options):
         loaded.append(arguments)
-        (lock,) = (tmp_path / "cache" / "llm2vec_min" / "converted").glob("*.lock")
-        with pytest.raises(ValueError, match="is writing it now"), locked(lock.with_suffix("")):
+        (path,) = (tmp_path / "cache" / "llm2vec_min" / "converted").glob("*.lock")
+        with pytest.raises(ValueError, match="is writing it now"), locked(path.with_suffix("")):
             pass
         other.start()
+        assert asks.wait(60)
         return load(*arguments, **options)
 
     monkeypatch.setattr(torch, "load", meanwhile)
+    monkeypatch.setattr(fcntl, "flock", lock)
     load_decoder(tmp_path)
     other.join()
-    assert len(loaded) == 1, "the second finds what the first has made"
+    assert len(loaded) == len(found) == 1, "the second finds what the first has made"
 
 
 def test_others_may_read_what_is_saved(reference, tmp_path):
