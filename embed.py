@@ -48,8 +48,8 @@ def check_finite(vectors: np.ndarray, model: str, first: int = 0) -> None:
     """ValueError for a vector with NaN or infinity in it."""
     if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
         raise ValueError(
-            f"{model}: the vector of text {first + wrong[0] + 1} is not finite, and {len(wrong) - 1} others; its training may "
-            "have diverged, or numbers outgrow the dtype (--dtype float32)"
+            f"{model}: the vector of text {first + wrong[0] + 1} is not finite ({len(wrong)} of {len(vectors)} are not); its "
+            "training may have diverged, or numbers outgrow the dtype (--dtype float32)"
         )
 
 
@@ -77,15 +77,18 @@ def chunk_count(made_from: dict) -> int:
 
 def check_part(part: Path, done_file: Path, made_from: dict) -> None:
     """ValueError unless a stopped run's files are as long, and of the kind, that its header says."""
-    wanted = (tuple(made_from["shape"]), np.dtype(np.float32), True, part.stat().st_size, chunk_count(made_from))
+    wanted = {"shape": tuple(made_from["shape"]), "dtype": "float32", "row after row": True}
+    wanted |= {"bytes": part.stat().st_size, "chunks": chunk_count(made_from)}
     try:
         vectors = np.lib.format.open_memmap(part, mode="r")
-        size = vectors.offset + vectors.nbytes
-        found = (vectors.shape, vectors.dtype, vectors.flags.c_contiguous, size, done_file.stat().st_size)
+        found = {"shape": vectors.shape, "dtype": str(vectors.dtype), "row after row": vectors.flags.c_contiguous}
+        found |= {"bytes": vectors.offset + vectors.nbytes, "chunks": done_file.stat().st_size}
+        why = ", ".join(
+            f"{name}: found {found[name]}, expected {wanted[name]}" for name in wanted if found[name] != wanted[name]
+        )
     except (ValueError, OSError) as error:
-        found = error
-    if found != wanted:
-        why = found if isinstance(found, Exception) else f"found {found}, expected {wanted}"
+        why = str(error)
+    if why:
         raise ValueError(f"{part}: what a stopped run left is damaged ({why}); delete it to start anew")
 
 

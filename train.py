@@ -45,6 +45,7 @@ from llm2vec_min.training.loop import (
     has_checkpoint,
     identify,
     is_finished,
+    is_run,
     plan_output,
 )  # fmt: skip
 from llm2vec_min.training.mntp import train_mntp
@@ -167,9 +168,9 @@ def fit_memory(
     """Checkpointing and micro-batch for the free memory of a GPU, where the user has not said; a resumed run keeps its own."""
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FITTED))))
     said = {name for name in FITTED if given[name] is not None}
-    before = [path for path in (Path(f"{args.output}.part", ARGUMENTS), Path(args.output, ARGUMENTS)) if path.is_file()]
+    before = [folder for folder in (Path(f"{args.output}.part"), Path(args.output)) if is_run(folder)]
     if args.resume and before:
-        settings = replace(settings, **{n: read_json(before[0])[n] for n in FITTED if n not in said})
+        settings = replace(settings, **{n: read_json(before[0] / ARGUMENTS)[n] for n in FITTED if n not in said})
     else:
         config, machine = memory.shape_of_run(args.model, settings, args.device, args.dtype, args.shard)
         free = memory.free_memory(device)

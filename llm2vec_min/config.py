@@ -48,7 +48,7 @@ class ModelConfig:
     attention_bias: bool = False  # on q, k, v (and, except in Qwen2, o)
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    is_causal: bool = True  # False in a merged export: the checkpoint was trained to look both ways
+    is_causal: bool = True  # False in an export or a run that was trained to look both ways
 
     def __post_init__(self):
         for name, kind in ((f.name, f.type) for f in fields(self)):
@@ -94,21 +94,20 @@ class ModelConfig:
         known = FAMILY_DEFAULTS[model_type] | given
         if "sliding_window" in raw:  # null switches it off
             known["sliding_window"] = raw["sliding_window"]
-        if model_type == "qwen2":  # Qwen2 has a second switch, off by default, and always its q, k, v biases
+        if model_type == "qwen2":  # always with biases on q, k, v, and with a second switch for the window, off by default
             known["attention_bias"] = True
-            if not raw.get("use_sliding_window", False):
-                known["sliding_window"] = None
-            elif raw.get("max_window_layers", 28) != 0:
+        types = raw.get("layer_types")
+        spans = {short(kind) for kind in types} if isinstance(types, list) else {short(types)}
+        switched_off = model_type == "qwen2" and not raw.get("use_sliding_window", False)
+        if model_type == "llama" or switched_off or spans == {short("full_attention")}:  # transformers' Llama has no window
+            known["sliding_window"] = None
+        elif known.get("sliding_window") is not None:
+            if types is None and model_type == "qwen2" and raw.get("max_window_layers", 28) != 0:
                 raise ValueError(f"{source}: a sliding window on some of the layers only is not supported")
-        types = raw.get("layer_types") if known.get("sliding_window") is not None else None
-        if types is not None and (not isinstance(types, list) or len({short(kind) for kind in types}) > 1):
-            raise ValueError(
-                f"{source}: layer_types is {short(types)}, but a window on some of the layers only is not supported"
-            )
-        if types and types[0] == "full_attention":
-            known["sliding_window"] = None
-        if model_type == "llama":  # transformers' Llama has no window, whatever the file says
-            known["sliding_window"] = None
+            if types is not None and spans != {short("sliding_attention")}:
+                raise ValueError(
+                    f"{source}: layer_types is {short(types)}, but a window on some of the layers only is not supported"
+                )
         known.setdefault("num_key_value_heads", raw["num_attention_heads"])
         known.setdefault("head_dim", raw["hidden_size"] // max(1, raw["num_attention_heads"]))
 
@@ -118,11 +117,13 @@ class ModelConfig:
             if not isinstance(rope, dict):
                 raise ValueError(f"{source}: rope_scaling is {short(rope)}, expected an object")
             kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None] or ["default"]
-            theta = rope.get("rope_theta", raw.get("rope_theta", 10000.0))
-            numbers = {name: value for name, value in rope.items() if name not in ("rope_type", "type")}
-            ropes.append(numbers | {"rope_theta": theta, "rope_type": kinds[0]})
-            if kinds[0] != kinds[-1] or ropes[0] != ropes[-1]:
-                raise ValueError(f"{source}: says of rotary embeddings both {short(ropes[0])} and {short(rope)}")
+            numbers = {name: value for name, value in rope.items() if name not in ("rope_type", "type") and value is not None}
+            ropes.append({"rope_theta": raw.get("rope_theta", 10000.0), **numbers, "rope_type": kinds[0]})
+            differ = [name for name in ropes[0] | ropes[-1] if ropes[0].get(name) != ropes[-1].get(name)]
+            if differ or kinds[0] != kinds[-1]:
+                both = kinds if not differ else [ropes[0].get(differ[0]), ropes[-1].get(differ[0])]
+                name = differ[0] if differ else "rope_type"
+                raise ValueError(f"{source}: {name} of the rotary embeddings is both {short(both[0])} and {short(both[1])}")
         rope = ropes[0] if ropes else {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
         known["rope_theta"] = rope.pop("rope_theta")
         if rope["rope_type"] not in tuple(ROPE_TYPES):  # a tuple, because a list has no hash

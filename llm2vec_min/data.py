@@ -65,7 +65,7 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise ValueError(f"{path}: is UTF-16, expected UTF-8 (iconv -f utf-16 -t utf-8)")
                     line = line.removeprefix(codecs.BOM_UTF8)
-                if b"\0" in line:
+                if number == 1 and b"\0" in line:
                     raise ValueError(
                         f"{path}:{number}: holds a zero byte, which no text does; is it UTF-16 (iconv -f utf-16 -t utf-8)?"
                     )
@@ -112,13 +112,7 @@ def _text_of(line: str, where: str) -> str:
         text.encode()  # half of a surrogate pair, as a cut string leaves it, is no text
     except UnicodeEncodeError as error:
         raise ValueError(f"{where}: the text holds half of a surrogate pair at character {error.start}") from None
-    except (
-        ValueError,
-        KeyError,
-        TypeError,
-        AttributeError,
-        RecursionError,
-    ):  # ValueError: no JSON, or a number of 5,000 digits
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):  # ValueError: not JSON, or 5,000 digits
         raise ValueError(
             f'{where}: expected a JSON string or an object with a string "text", found {line.strip()[:60]!r}'
         ) from None

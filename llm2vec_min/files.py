@@ -8,14 +8,12 @@ import reprlib
 import shutil
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 MAX_JSON = 8 * 2**20  # bytes; ten times the largest index of a decoder's shards
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxlong = _repr.maxother = 80
-UMASK = os.umask(0o077)  # what the user keeps from others; it can be asked for only by setting another
-os.umask(UMASK)
 short = _repr.repr  # a value in an error message: one short line, whatever a stranger's file holds
 
 
@@ -38,9 +36,9 @@ def member(folder: str | Path, name: str) -> Path:
 
 
 def check_file(path: str | Path) -> None:
-    """ValueError for what can be read but once, or never ends: where a file's content is needed, it is read more than once."""
+    """ValueError for what can be read only once, or has no end."""
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path}: a pipe, a device or a folder; it is read more than once, so it must be a file")
+        raise ValueError(f"{path}: is a pipe, a device or a folder, expected a file")
 
 
 def read_json(path: str | Path) -> dict:
@@ -75,10 +73,19 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
+def share(path: Path) -> None:
+    """Gives a file or folder that safetensors or tempfile made for its owner alone the mode of any new one there."""
+    beside = path.with_name(path.name + ".mode")
+    with suppress(OSError):  # not every file system has modes
+        beside.touch()
+        mode = beside.stat().st_mode & 0o777
+        beside.unlink()
+        path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)
+
+
 def put(beside: str | Path, path: str | Path) -> None:
     """Renames a file that was written beside its place, both on the disk before the next line runs: after a power cut
-    there is the old file or the new one. Others may read it as any new file (safetensors writes for its owner alone)."""
-    os.chmod(beside, 0o666 & ~UMASK)
+    there is the old file or the new one."""
     with open(beside, "rb+") as file:
         os.fsync(file.fileno())
     os.replace(beside, path)
@@ -128,14 +135,14 @@ def locked(output: str | Path, wait: bool = False) -> Iterator[None]:
             file = open(path, "a", opener=lambda name, flags: os.open(name, flags | os.O_NOFOLLOW, 0o666))
         except (ImportError, OSError) as error:
             if isinstance(error, PermissionError) and path.exists():
-                raise ValueError(f"--output {output}: another user's command is writing it, or left {path} behind") from None
+                raise ValueError(f"{output}: another user's command is writing it, or left {path} behind") from None
             yield
             return
         try:
             fcntl.flock(file, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
             held = os.path.samestat(os.fstat(file.fileno()), os.stat(path))
         except BlockingIOError:
-            raise ValueError(f"--output {output}: another command is writing it now") from None
+            raise ValueError(f"{output}: another command is writing it now") from None
         except FileNotFoundError:
             held = False
         except OSError:
@@ -165,7 +172,7 @@ def new_folder(output: str | Path) -> Iterator[Path]:
     except OSError as error:
         raise ValueError(f"--output {output}: cannot be written ({error})") from None
     try:
-        part.chmod(0o777 & ~UMASK)  # mkdtemp's is for its owner alone
+        share(part)
         yield part
         replace_folder(part, output)
     except OSError as error:

@@ -100,7 +100,7 @@ def attention_mask(
     Returns:
         None where scaled_dot_product_attention needs no mask: all visible, or plainly causal (its `is_causal`).
         Otherwise bool, broadcastable to (B, 1, T, T). No query sees nothing, padding included (a causal one
-        itself, a bidirectional one the real tokens), so no softmax gives NaN.
+        itself, a bidirectional one the real tokens or, within a window, itself), so no softmax gives NaN.
     """
     windowed = sliding_window is not None and T > sliding_window
     if padding_mask is None and not windowed:

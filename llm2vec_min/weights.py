@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ModelConfig, is_positive
-from .files import locked, member, put, read_json, short, write_json
+from .files import locked, member, put, read_json, share, short, write_json
 from .lora import LoRALinear, add_lora
 from .model import Decoder, LanguageModel
 
@@ -66,7 +66,7 @@ def _misfit(file, key: str, shape: tuple[int, ...]) -> str:
     return "" if dtype in FLOATS else f"{key} holds {dtype}, expected one of {', '.join(FLOATS)}"
 
 
-def _not_finite(state: dict[str, Tensor]) -> str:
+def not_finite(state: dict[str, Tensor]) -> str:
     """The tensors that hold NaN or infinity, a few by name; empty if none does. One sum of each tells."""
     sums = torch.stack([tensor.sum() for tensor in state.values()]).tolist()
     names = [name for name, total in zip(state, sums, strict=True) if not math.isfinite(total)]
@@ -132,11 +132,13 @@ def convert_bin(folder: Path) -> Path:
     state = repr([(str(path.resolve()), path.stat().st_size, path.stat().st_mtime_ns) for path in paths])
     cache = Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "llm2vec_min" / "converted"
     target = cache / hashlib.sha256(state.encode()).hexdigest()[:32]
+    if target.is_dir():  # renamed when it was whole
+        return target
     part = None
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with locked(target, wait=True):  # of several processes one converts, the others wait for it
-            if target.is_dir():  # renamed when it was whole
+            if target.is_dir():
                 return target
             part = Path(tempfile.mkdtemp(dir=cache))
             weight_map = {}
@@ -145,8 +147,10 @@ def convert_bin(folder: Path) -> Path:
                 # clone: safetensors takes no tensors that share memory, as tied embeddings do
                 tensors = {key: tensor.clone() for key, tensor in read_bin(path).items()}
                 save_file(tensors, part / name, metadata={"format": "pt"})
+                share(part / name)
                 weight_map |= dict.fromkeys(tensors, name)
             write_index(part, weight_map)
+            share(part)
             os.replace(part, target)
     except (OSError, safetensors.SafetensorError) as error:
         if not target.is_dir():  # else another process was faster, where there are no locks
@@ -187,7 +191,7 @@ def _load_into(model: nn.Module, folder: str | Path, device, dtype: torch.dtype,
                     state[name] = file.get_tensor(key).to(dtype)
     if problems := _problems(missing, unexpected, wrong):
         raise ValueError(f"{folder}: the weights do not fit config.json; {problems}")
-    if broken := _not_finite(state):
+    if broken := not_finite(state):
         raise ValueError(f"{folder}: NaN, infinity, or a number too large for {dtype} in {broken}")
     model.load_state_dict(state, assign=True)
 
@@ -195,7 +199,7 @@ def _load_into(model: nn.Module, folder: str | Path, device, dtype: torch.dtype,
 def load_decoder(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Decoder:
     """The decoder of a full or headless checkpoint folder, frozen, in eval mode.
 
-    Tensors are memory-mapped, so a weight that needs no cast is not copied on the host.
+    Tensors are memory-mapped, so a weight that needs no cast is not copied on the host, but read once, to see that it is finite.
 
     Raises:
         ValueError: an unsupported config, missing or broken files, keys or shapes that do not fit (all in one error).
@@ -254,6 +258,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, dtype: torch.dtype, ma
             whole = adapted[key].merged_weight() if key in adapted else tensor.detach()
             tensors[key] = whole.to("cpu", dtype).contiguous()
         save_file(tensors, folder / (name + ".part"), metadata={"format": "pt"})
+        share(folder / (name + ".part"))
         put(folder / (name + ".part"), folder / name)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
@@ -290,6 +295,7 @@ def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
             tensors[f"base_model.model.{name}.{child}.weight"] = getattr(module, child).weight.detach().cpu().contiguous()
     folder = Path(folder)
     save_file(tensors, folder / (ADAPTER + ".part"), metadata={"format": "pt"})
+    share(folder / (ADAPTER + ".part"))
     put(folder / (ADAPTER + ".part"), folder / ADAPTER)
     write_json(folder / ADAPTER_CONFIG, config)
 
@@ -348,7 +354,7 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     missing = [f"{name}.lora_{c}" for name in targets for c in "AB" if f"{name}.lora_{c}.weight" not in state]
     # An adapter sits on every layer or on none: fewer than the model has is another model's.
     kinds = {re.sub(r"layers\.\d+\.", "", name) for name in targets}
-    if isinstance(said := config.get("target_modules"), list):  # a string is a pattern
+    if isinstance(said := config.get("target_modules"), list) and not config.get("exclude_modules"):  # a string is a pattern
         kinds |= {kind for kind in {re.sub(r"layers\.\d+\.", "", name) for name in linear} if kind.rpartition(".")[2] in said}
     if isinstance(layers := config.get("layers_to_transform"), int):
         layers = [layers]
@@ -361,8 +367,8 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
         raise ValueError(
             f"{folder}: the adapter (made for {short(base)}) does not fit {decoder.source or 'this model'}; {problems}"
         )
-    if broken := _not_finite(state):
-        raise ValueError(f"{folder}: NaN or infinity in {broken}; its training diverged")
+    if broken := not_finite(state):
+        raise ValueError(f"{folder}: NaN or infinity in {broken}; its training may have diverged")
     add_lora(decoder, r, alpha, dropout, targets)
     decoder.load_state_dict({k: v.to(decoder.norm.weight.device) for k, v in state.items()}, strict=False, assign=True)
     decoder.requires_grad_(False)

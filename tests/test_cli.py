@@ -282,7 +282,7 @@ def test_vectors_that_are_not_finite_are_an_error(files, model_folder, tmp_path,
     broken = LLM2Vec.from_pretrained(model_folder, device="cpu")
     broken.decoder.norm.weight.data[3] = float("inf")
     monkeypatch.setattr(LLM2Vec, "from_pretrained", lambda *arguments, **options: broken)
-    with pytest.raises(ValueError, match="the vector of text 1 is not finite, and 1 others"):
+    with pytest.raises(ValueError, match="the vector of text 1 is not finite .2 of 2 are not."):
         embed.main(["a", "b", "--model", str(model_folder)])
     with pytest.raises(ValueError, match="the vector of text 1 is not finite"):
         embed.main(["--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy"), "--normalize"])
@@ -363,11 +363,11 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--stage", "pretrain", "--vocab-size", "100"], "--vocab-size is 100, expected from 259 .all bytes"),
         (["--stage", "mntp", "--vocab-size", "300"], "--vocab-size: is for --stage pretrain, mntp does not read it"),
         (["--model", "~nobodys/run"], "'~nobodys/run' is neither a folder nor a hub id"),
-        (["--data", "/dev/null"], "/dev/null: a pipe, a device or a folder; it is read more than once"),
+        (["--data", "/dev/null"], "/dev/null: is a pipe, a device or a folder, expected"),
         (["--output", "."], "--output .: expected a folder of its own, by name"),
         (["--data", ""], "--data: found an empty name"),
-        (["--data", "{folder}"], "pipe.txt: a pipe, a device or a folder; it is read more than once"),
-        (["--eval", "{pipe}"], "pipe.txt: a pipe, a device or a folder"),
+        (["--data", "{folder}"], "pipe.txt: is a pipe, a device or a folder, expected"),
+        (["--eval", "{pipe}"], "pipe.txt: is a pipe, a device or a folder"),
         (["--lora-r", "9" * 30], "--lora-r is 999.*, expected a smaller number"),
         (["--max-length", "3000000000"], "--max-length is 3000000000, expected a smaller number"),
         (["--lora-alpha", "1e300"], "--lora-alpha is 1e.300, expected a smaller number"),
@@ -484,7 +484,7 @@ def test_repeated_flags_add_up(files):
         (["a", "--model", "/nowhere"], "neither a folder nor a hub id"),
         (["a", "--max-length", "0"], "max_length is 0, expected at least 1 token"),
         (["--input", "{text}", "--output", "{folder.npy}"], "folder.npy: is a folder, expected a file"),
-        (["--input", "{pipe}", "--output", "x.npy"], "a pipe, a device or a folder; it is read more than once, so it must"),
+        (["--input", "{pipe}", "--output", "x.npy"], "is a pipe, a device or a folder, expected a file"),
         (["--input", "{npy}", "--output", "{npy}"], "same.npy: is the --input too"),
         (["--input", "{utf16}", "--output", "x.npy"], "utf16.txt:1: holds a zero byte, which no text does; is it UTF-16"),
         (["--input", "{digits}", "--output", "x.npy"], "digits.jsonl:1: expected a JSON string or an object"),

@@ -88,12 +88,13 @@ for name, fields, words in [
     ("model type of a megabyte", dict(model_type="x" * MB), "model_type is 'xxx"),
     ("model type unknown", dict(model_type="gpt\nneo"), "model_type is 'gpt\\nneo'"),
     ("activation an object", dict(hidden_act={"a": 1}), "hidden_act is {'a': 1}"),
-    ("window from a layer on", dict(model_type="qwen2", use_sliding_window=True, max_window_layers="x"), "sliding window"),
+    ("window from a layer on", dict(model_type="qwen2", use_sliding_window=True, max_window_layers="x", sliding_window=4),
+     "a sliding window on some"),
     ("a window on some layers", dict(model_type="mistral", sliding_window=4,
      layer_types=["full_attention", "sliding_attention", "full_attention"]), "a window on some of the layers only"),
     ("layer types a word", dict(model_type="mistral", layer_types="x"), "layer_types is 'x'"),
-    ("two ropes", dict(rope_parameters=dict(rope_type="default"), rope_scaling=dict(type="linear", factor=8)), "embeddings both"),
-    ("two types of a rope", dict(rope_parameters=dict(rope_type="default", type="linear", factor=2)), "embeddings both"),
+    ("two ropes", dict(rope_parameters=dict(rope_type="default"), rope_scaling=dict(type="linear", factor=8)), "rope_type of the rotary embeddings is both 'default' and 'linear'"),
+    ("two types of a rope", dict(rope_parameters=dict(rope_type="default", type="linear", factor=2)), "is both 'default' and 'linear'"),
     ("larger than its weights", dict(hidden_size=128), "do not fit"),
 ]:  # fmt: skip
     where = "" if words == "do not fit" else CONFIG

@@ -97,6 +97,12 @@ def test_empty_and_damaged_lines_are_counted(tmp_path, capsys, monkeypatch):
     assert capsys.readouterr().out == "", "reported once, not at every reading"
 
 
+def test_a_zero_byte_far_in_ends_no_run(tmp_path):
+    path = tmp_path / "web.txt"
+    path.write_bytes(b"fine\n" * 9 + b"a \0 b\n")
+    assert read_lines([path])[-1] == "a \0 b"
+
+
 def test_mostly_damaged_is_no_text(tmp_path):
     path = tmp_path / "latin.txt"
     path.write_bytes(b"fine\n" * 98 + b"caf\xe9\n" * 2)

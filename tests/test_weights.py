@@ -176,9 +176,14 @@ def test_an_adapter_that_is_not_finite_or_lacks_what_it_says_it_has(reference, t
         ValueError, match="missing: layers.0.self_attn.q_proj, layers.1.self_attn.q_proj, layers.2.self_attn.q_proj$"
     ):
         load()
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": ["q_proj"]}))
+    load()
     whole["base_model.model.layers.2.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
     safetensors.torch.save_file(whole, file)
-    with pytest.raises(ValueError, match="NaN or infinity in layers.2.mlp.up_proj.lora_B.weight; its training diverged"):
+    with pytest.raises(
+        ValueError, match="NaN or infinity in layers.2.mlp.up_proj.lora_B.weight; its training may have diverged"
+    ):
         load()
 
 
@@ -189,7 +194,31 @@ def test_windows_are_those_of_transformers(reference, tmp_path):
     for kind, window in kinds.items():
         layers = [kind] * raw["num_hidden_layers"]
         assert ModelConfig.from_dict(raw | {"layer_types": layers}).sliding_window == window
-    assert ModelConfig.from_dict(raw | {"model_type": "llama", "layer_types": None}).sliding_window is None
+    for layers in (None, ["full_attention", "sliding_attention"]):
+        assert ModelConfig.from_dict(raw | {"model_type": "llama", "layer_types": layers}).sliding_window is None
+    qwen = raw | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
+    assert ModelConfig.from_dict(qwen | {"layer_types": ["full_attention"] * 3}).sliding_window is None
+
+
+def test_two_ways_to_say_the_same_of_rotary_embeddings(reference):
+    """transformers 4 writes two fields, 5 one; files that hold both, and nulls, are the same model."""
+    raw = json.loads((reference("llama-llama3-rope")[1] / "config.json").read_text())
+    new = raw.get("rope_parameters") or raw["rope_scaling"] | {"rope_theta": raw["rope_theta"]}
+    old = {name: value for name, value in new.items() if name != "rope_theta"} | {"type": new["rope_type"], "unused": None}
+    bare = {name: value for name, value in raw.items() if name not in ("rope_parameters", "rope_scaling", "rope_theta")}
+    one, two, both = (
+        ModelConfig.from_dict(bare | more)
+        for more in (
+            {"rope_parameters": new},
+            {"rope_scaling": old, "rope_theta": new["rope_theta"]},
+            {"rope_parameters": new, "rope_scaling": old, "rope_theta": new["rope_theta"]},
+        )
+    )
+    assert one == two == both
+    with pytest.raises(ValueError, match="factor of the rotary embeddings is both .* and 3"):
+        ModelConfig.from_dict(
+            bare | {"rope_parameters": new, "rope_scaling": old | {"factor": 3}, "rope_theta": new["rope_theta"]}
+        )
 
 
 def test_of_several_processes_one_converts_and_the_others_wait(reference, tmp_path, monkeypatch):

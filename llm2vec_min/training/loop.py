@@ -23,7 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..device import rank, world_size
-from ..files import check_file, put, read_json, replace_folder, write_json
+from ..files import check_file, put, read_json, replace_folder, share, write_json
+from ..weights import not_finite
 from . import distributed
 
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
@@ -102,7 +103,8 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         return work
     if resume:
         before = read_json(work / ARGUMENTS)
-        if changed := [name for name in before if name in arguments and before[name] != arguments[name]]:
+        # the folder may have been moved, or be named by another way
+        if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
             found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
             raise ValueError(f"--resume: {work} was started with other arguments: {found}")
         return work
@@ -113,7 +115,10 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
 
 
 def is_run(folder: Path) -> bool:
-    return (folder / ARGUMENTS).is_file() and "stage" in read_json(folder / ARGUMENTS)
+    try:
+        return (folder / ARGUMENTS).is_file() and "stage" in read_json(folder / ARGUMENTS)
+    except ValueError:
+        return False
 
 
 def is_foreign(folder: Path) -> bool:
@@ -269,9 +274,9 @@ class Loop:
 
     def _check_result(self) -> None:
         """ValueError after a run in which no step counted, or whose last one was too large."""
-        sums = torch.stack([parameter.detach().sum() for parameter in self.parameters.values()]).tolist()
-        if self.skipped == self.settings.steps or not all(map(math.isfinite, sums)):
-            what = "no step was finite" if self.skipped == self.settings.steps else "the trained weights are not finite"
+        broken = not_finite({name: parameter.detach() for name, parameter in self.parameters.items()})
+        if broken or self.skipped == self.settings.steps:
+            what = f"the trained weights are not finite ({broken})" if broken else "no step was finite"
             raise ValueError(f"{what}, so there is no result; start anew with a lower --lr or --dtype float32, and --overwrite")
 
     def open(self) -> None:
@@ -401,6 +406,7 @@ class Loop:
                 beside,
                 metadata={"step": str(step), "sha256": checksum(str(step), tensors), "torch": torch.__version__},
             )
+            share(beside)
             with open(self.output / METRICS, "ab") as file:
                 os.fsync(file.fileno())
             if new.exists():

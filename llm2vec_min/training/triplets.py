@@ -80,8 +80,9 @@ def read_file(path: Path) -> list[Triplet]:
             raise ValueError(f"{where}: is not JSON ({error})") from None
         if not isinstance(record, dict):
             raise ValueError(f"{where}: holds a {type(record).__name__}, expected a JSON object")
-        for field in set(record) - set(FIELDS):
-            if (meant := field.lower().removesuffix("s")) in FIELDS:
+        for field in record:
+            meant = field.lower().removesuffix("s")
+            if field not in FIELDS and meant in FIELDS and meant not in record:
                 raise ValueError(f'{where}: has the field "{field}", which is not read; expected "{meant}"')
         (query, *rest), positives, negatives = (texts_of(record, field, where) for field in ("query", "positive", "negative"))
         own = record.get("instruction")

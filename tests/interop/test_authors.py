@@ -79,8 +79,9 @@ def test_their_settings_are_read(published):
     assert (l2v.pooling, l2v.max_length, l2v.causal) == ("last", 99, False)
     for other in ("eos_token", "bos_token"):  # of tokens that no pooling here reads
         (folder / "mntp" / "llm2vec_config.json").write_text(json.dumps(their | {"pooling_mode": other}))
-        with pytest.raises(ValueError, match=f"pooling_mode is '{other}', expected one of mean"):
+        with pytest.raises(ValueError, match=f"pooling is '{other}', expected one of mean"):
             LLM2Vec.from_pretrained(folder / "mntp", device="cpu")
+        assert LLM2Vec.from_pretrained(folder / "mntp", device="cpu", pooling="max").pooling == "max"
 
 
 def test_all_published_ones_have_presets():

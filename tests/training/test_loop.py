@@ -227,6 +227,7 @@ def test_output_folder(tmp_path):
     with pytest.raises(ValueError, match="an unfinished run; --resume continues it"):
         plan_output(run, {})
     assert plan_output(run, dict(stage="mntp", lr=1), resume=True) == run
+    assert plan_output(run, dict(stage="mntp", lr=1, output="by another way"), resume=True) == run
     with pytest.raises(ValueError, match="lr was 1, is 2"):
         plan_output(run, dict(stage="mntp", lr=2), resume=True)
     (run / "config.json").write_text("{}")

@@ -20,7 +20,7 @@ MAY_WAIT = {
     "save_adapter",
     "Loop._save_checkpoint",
     "Loop.update",
-    "Loop._check_result",
+    "not_finite",
     "LLM2Vec.encode",
     "explain",
 }

@@ -383,6 +383,8 @@ def test_the_authors_folder(tmp_path, monkeypatch):
     ],
 )
 def test_bad_lines(tmp_path, line, message):
+    write(tmp_path / "more.jsonl", {"query": "q", "positive": "p", "negative": "n", "negatives": 3, "Query": 4})
+    assert read_triplets([tmp_path / "more.jsonl"])[0][0].triplets[0].negatives == ("n",), "more fields may stand beside"
     path = write(tmp_path / "a.jsonl", {"query": "q", "positive": "p"}, line)
     with pytest.raises(ValueError, match=message):
         read_triplets([path])
