@@ -119,11 +119,10 @@ class ModelConfig:
             kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None] or ["default"]
             numbers = {name: value for name, value in rope.items() if name not in ("rope_type", "type") and value is not None}
             ropes.append({"rope_theta": raw.get("rope_theta", 10000.0), **numbers, "rope_type": kinds[0]})
-            differ = [name for name in ropes[0] | ropes[-1] if ropes[0].get(name) != ropes[-1].get(name)]
-            if differ or kinds[0] != kinds[-1]:
-                both = kinds if not differ else [ropes[0].get(differ[0]), ropes[-1].get(differ[0])]
-                name = differ[0] if differ else "rope_type"
-                raise ValueError(f"{source}: {name} of the rotary embeddings is both {short(both[0])} and {short(both[1])}")
+            said = [(name, ropes[0].get(name), ropes[-1].get(name)) for name in ropes[0] | ropes[-1]]
+            for name, one, other in [("rope_type", kinds[0], kinds[-1]), *said]:
+                if one != other:
+                    raise ValueError(f"{source}: {name} of the rotary embeddings is both {short(one)} and {short(other)}")
         rope = ropes[0] if ropes else {"rope_theta": raw.get("rope_theta", 10000.0), "rope_type": "default"}
         known["rope_theta"] = rope.pop("rope_theta")
         if rope["rope_type"] not in tuple(ROPE_TYPES):  # a tuple, because a list has no hash

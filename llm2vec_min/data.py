@@ -50,7 +50,7 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
     Args:
         report: print in one line at the end how many lines were empty, cut or damaged.
     Raises:
-        ValueError: it cannot be read, or more than one line in a hundred is no UTF-8; names the file.
+        ValueError: it is no file, cannot be read, is UTF-16, or more than one line in a hundred is no UTF-8; names the file.
     """
     number = empty = cut = damaged = 0
     check_file(path)
@@ -65,10 +65,10 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
                     if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
                         raise ValueError(f"{path}: is UTF-16, expected UTF-8 (iconv -f utf-16 -t utf-8)")
                     line = line.removeprefix(codecs.BOM_UTF8)
-                if number == 1 and b"\0" in line:
-                    raise ValueError(
-                        f"{path}:{number}: holds a zero byte, which no text does; is it UTF-16 (iconv -f utf-16 -t utf-8)?"
-                    )
+                    if b"\0" in line:
+                        raise ValueError(
+                            f"{path}: holds a zero byte in its first line; is it UTF-16 (iconv -f utf-16 -t utf-8)?"
+                        )
                 try:
                     text = line.decode(errors="ignore" if is_cut else "strict")
                 except UnicodeDecodeError:

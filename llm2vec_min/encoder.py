@@ -289,8 +289,8 @@ class LLM2Vec(nn.Module):
             dim: only the first numbers of each vector, as many; for a model that was trained with `--matryoshka`.
         Returns:
             (N, C) float32, or (N, dim); (C,) for one text, a list of (T_i, C) for pooling=None. A vector does not depend on the
-            batch it was in, up to rounding: less than 3e-5 of its length in float32; in bfloat16 about 0.01 after contrastive training, and
-            more before it. An empty text has no token of its own and gives zeros (normalised or not).
+            batch it was in, up to rounding: less than 3e-5 of its length in float32; in bfloat16 about 0.01 after contrastive
+            training, and more before it. An empty text has no token of its own and gives zeros (normalised or not).
         """
         if isinstance(texts, str):
             return self.encode(

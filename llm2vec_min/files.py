@@ -77,7 +77,7 @@ def share(path: Path) -> None:
     """Gives a file or folder that safetensors or tempfile made for its owner alone the mode of any new one there."""
     beside = path.with_name(path.name + ".mode")
     with suppress(OSError):  # not every file system has modes
-        beside.touch()
+        beside.touch(exist_ok=False)
         mode = beside.stat().st_mode & 0o777
         beside.unlink()
         path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)

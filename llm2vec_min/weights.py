@@ -146,8 +146,7 @@ def convert_bin(folder: Path) -> Path:
                 name = path.stem.replace("pytorch_model", "model") + "-converted.safetensors"
                 # clone: safetensors takes no tensors that share memory, as tied embeddings do
                 tensors = {key: tensor.clone() for key, tensor in read_bin(path).items()}
-                save_file(tensors, part / name, metadata={"format": "pt"})
-                share(part / name)
+                write_tensors(part / name, tensors)
                 weight_map |= dict.fromkeys(tensors, name)
             write_index(part, weight_map)
             share(part)
@@ -159,6 +158,14 @@ def convert_bin(folder: Path) -> Path:
         if part is not None:
             shutil.rmtree(part, ignore_errors=True)
     return target
+
+
+def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
+    """A safetensors file, whole or not at all."""
+    beside = path.with_name(path.name + ".part")
+    save_file(tensors, beside, metadata={"format": "pt"})
+    share(beside)
+    put(beside, path)
 
 
 def write_index(folder: Path, weight_map: dict[str, str]) -> None:
@@ -199,7 +206,8 @@ def _load_into(model: nn.Module, folder: str | Path, device, dtype: torch.dtype,
 def load_decoder(folder: str | Path, device="cpu", dtype: torch.dtype = torch.float32) -> Decoder:
     """The decoder of a full or headless checkpoint folder, frozen, in eval mode.
 
-    Tensors are memory-mapped, so a weight that needs no cast is not copied on the host, but read once, to see that it is finite.
+    Tensors are memory-mapped, so a weight that needs no cast is not copied on the host; it is read once, to see that it is
+    finite.
 
     Raises:
         ValueError: an unsupported config, missing or broken files, keys or shapes that do not fit (all in one error).
@@ -257,9 +265,7 @@ def save_checkpoint(model: nn.Module, folder: str | Path, dtype: torch.dtype, ma
         for key, tensor in shard.items():
             whole = adapted[key].merged_weight() if key in adapted else tensor.detach()
             tensors[key] = whole.to("cpu", dtype).contiguous()
-        save_file(tensors, folder / (name + ".part"), metadata={"format": "pt"})
-        share(folder / (name + ".part"))
-        put(folder / (name + ".part"), folder / name)
+        write_tensors(folder / name, tensors)
         weight_map |= dict.fromkeys(shard, name)
     if len(shards) > 1:
         write_index(folder, weight_map)
@@ -294,9 +300,7 @@ def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
         for child in ("lora_A", "lora_B"):
             tensors[f"base_model.model.{name}.{child}.weight"] = getattr(module, child).weight.detach().cpu().contiguous()
     folder = Path(folder)
-    save_file(tensors, folder / (ADAPTER + ".part"), metadata={"format": "pt"})
-    share(folder / (ADAPTER + ".part"))
-    put(folder / (ADAPTER + ".part"), folder / ADAPTER)
+    write_tensors(folder / ADAPTER, tensors)
     write_json(folder / ADAPTER_CONFIG, config)
 
 

@@ -486,7 +486,7 @@ def test_repeated_flags_add_up(files):
         (["--input", "{text}", "--output", "{folder.npy}"], "folder.npy: is a folder, expected a file"),
         (["--input", "{pipe}", "--output", "x.npy"], "is a pipe, a device or a folder, expected a file"),
         (["--input", "{npy}", "--output", "{npy}"], "same.npy: is the --input too"),
-        (["--input", "{utf16}", "--output", "x.npy"], "utf16.txt:1: holds a zero byte, which no text does; is it UTF-16"),
+        (["--input", "{utf16}", "--output", "x.npy"], "utf16.txt: holds a zero byte in its first line; is it UTF-16"),
         (["--input", "{digits}", "--output", "x.npy"], "digits.jsonl:1: expected a JSON string or an object"),
         (["a", "--device", "meta"], "device 'meta' is not available .it holds no numbers"),
         (["a", "--device", "cpu:7"], "device 'cpu:7' is not available .there is one CPU"),
