@@ -124,12 +124,11 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     """Writes the vectors of a file's lines, a chunk at a time, beside the output and renames it when complete. Every
     `world_size`-th chunk is this process's; chunks that an earlier run has written are skipped."""
     output, chunk, file = Path(args.output), CHUNK * (args.batch_size or 128), Path(args.input).stat()
-    width = l2v.decoder.config.hidden_size
-    if args.dim is not None and not 0 < args.dim <= width:
-        raise ValueError(f"--dim is {args.dim}, expected a number from 1 to {width}")
+    if args.dim is not None and not 0 < args.dim <= l2v.width:
+        raise ValueError(f"--dim is {args.dim}, expected a number from 1 to {l2v.width}")
     l2v.tokenize(["word " * min(l2v.max_length, 2**16)], args.instruction)  # refuses an instruction without room beside it
     made_from = {name: value for name, value in vars(args).items() if name not in NOT_IN_THE_VECTORS}
-    made_from |= {"shape": [count, args.dim or width], "chunk": chunk, "encoder": l2v.fingerprint()}
+    made_from |= {"shape": [count, args.dim or l2v.width], "chunk": chunk, "encoder": l2v.fingerprint()}
     made_from |= {"bytes": file.st_size, "modified": file.st_mtime}
     if rank() == 0:
         start_part(args, made_from)

@@ -7,7 +7,8 @@ from pathlib import Path
 
 from .files import member, read_json, short
 
-# What transformers assumes when config.json leaves a field out (its LlamaConfig, MistralConfig and Qwen2Config).
+# What transformers assumes when config.json leaves a field out (its LlamaConfig, MistralConfig and Qwen2Config). What else
+# tells families apart is where `model_type` is read: here, in `model.py`, and where `memory.py` counts parameters.
 FAMILY_DEFAULTS = {
     "llama": dict(),
     "mistral": dict(num_key_value_heads=8, sliding_window=4096),

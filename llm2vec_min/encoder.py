@@ -38,7 +38,8 @@ POOLING_ALIASES = {"last_token": "last"}
 THEIR_POOLINGS = ("eos_token", "bos_token")
 
 
-SETTINGS = {  # of llm2vec_config.json: what each must be, and whether it is
+LINEAGE = ("adapters", "base_model_name_or_path", "preset")  # in llm2vec_config.json: what an encoder stands on
+SETTINGS = {  # all of llm2vec_config.json: what each must be, and whether it is
     "pooling_mode": (f"one of {', '.join(POOLING_MODES)}", lambda value: value in (*POOLING_MODES, *THEIR_POOLINGS)),
     "max_length": ("a whole number from 1 on", lambda value: type(value) is int and 1 <= value < 2**31),
     "causal": ("true or false", lambda value: type(value) is bool),
@@ -62,6 +63,9 @@ def read_settings(folder: Path) -> dict:
     for name, (expected, holds) in SETTINGS.items():
         if name in settings and not holds(settings[name]):
             raise ValueError(f"{path}: {name} is {short(settings[name])}, expected {expected}")
+    ours = {"stage", "exported_from"} & settings.keys()  # the authors' files have fields that do not matter here
+    if ours and (unknown := settings.keys() - ours - SETTINGS.keys()):
+        raise ValueError(f"{path}: {short(min(unknown))} is no setting of this version, whose vectors would be others")
     if "adapters" in settings and "base_model_name_or_path" not in settings:
         raise ValueError(f"{path}: names adapters, but no base_model_name_or_path")
     return settings
@@ -151,6 +155,7 @@ class LLM2Vec(nn.Module):
         self.causal, self.pooling, self.max_length, self.template = bool(causal), pooling, max_length, tuple(template)
         self.base_model, self.adapters = base_model, list(adapters or [])
         self.lm_head: nn.Linear | None = None
+        self._merges = getattr(decoder, "merges", 0)
         self.preset: str | None = None  # whose recipe a later stage takes, where the base model's name does not tell
         self._encoding, self._was_training = 0, False  # threads in `encode`, and the mode to return to
 
@@ -190,7 +195,7 @@ class LLM2Vec(nn.Module):
                 raise ValueError(
                     f"{adapter}: stands on {len(own['adapters']) - 1} earlier adapters: make it the model, or name them first"
                 )
-            settings |= {k: v for k, v in own.items() if k in ("pooling_mode", "max_length", "causal", "template")}
+            settings |= {k: v for k, v in own.items() if k in SETTINGS and k not in LINEAGE}
         if len({folder.resolve() for folder in chain}) < len(chain):
             raise ValueError(f"{name}: an adapter is there twice: {', '.join(map(str, chain))}")
         try:
@@ -228,6 +233,11 @@ class LLM2Vec(nn.Module):
     def device(self) -> torch.device:
         return self.decoder.norm.weight.device
 
+    @property
+    def width(self) -> int:
+        """Numbers in a vector."""
+        return self.decoder.config.hidden_size
+
     # ---- text to vectors ----
 
     def tokenize(self, texts: list, instruction: str | None = None, max_length: int | None = None) -> list:
@@ -260,7 +270,7 @@ class LLM2Vec(nn.Module):
 
     def embed(self, texts: list, instruction: str | None = None) -> Tensor:
         """Embeddings of one batch, (N, C) float32, to train through, once weights are set free: `add_lora(l2v.decoder)`, or
-        `l2v.decoder.requires_grad_()`. ValueError for no text."""
+        `l2v.decoder.requires_grad_()`; with dropout after `l2v.train()`. ValueError for no text."""
         if len(texts) == 0:
             raise ValueError("no text to embed")
         return pool(*self.states(self.tokenize(texts, instruction)), self.pooling)
@@ -296,9 +306,8 @@ class LLM2Vec(nn.Module):
             return self.encode(
                 [texts], instruction, pooling=pooling, normalize=normalize, dim=dim, show_progress=show_progress
             )[0]
-        width = self.decoder.config.hidden_size
-        if dim is not None and not 0 < dim <= width:
-            raise ValueError(f"dim is {dim}, expected a number from 1 to {width}, the size of this model's vectors")
+        if dim is not None and not 0 < dim <= self.width:
+            raise ValueError(f"dim is {dim}, expected a number from 1 to {self.width}, the size of this model's vectors")
         mode = self.pooling if pooling == "default" else pooling
         texts = texts if isinstance(texts, (bytes, dict)) else list(texts)
         tokenized = isinstance(texts, list) and bool(texts) and isinstance(texts[0], Encoded)
@@ -323,7 +332,7 @@ class LLM2Vec(nn.Module):
                 for i, states in zip(rows, vectors.numpy(), strict=True):
                     results[i] = states[len(states) - lengths[i] :][encoded[i].pooled]
             return results
-        result = np.zeros((len(encoded), dim or self.decoder.config.hidden_size), dtype=np.float32)
+        result = np.zeros((len(encoded), dim or self.width), dtype=np.float32)
         for rows, vectors in batches:
             result[rows] = vectors.numpy()
         return result
@@ -398,7 +407,8 @@ class LLM2Vec(nn.Module):
         write_json(folder / LLM2VEC_CONFIG, {**self.settings(), "exported_from": self.base_model})
 
     def settings(self) -> dict:
-        """What llm2vec_config.json says of how this encoder reads and pools a text."""
+        """What llm2vec_config.json says of how this encoder reads and pools a text. Whatever else a run changes in its encoder
+        belongs here and in `SETTINGS`: runs and exports keep it, and the fingerprint sees it."""
         return {
             "causal": self.causal,
             "pooling_mode": self.pooling,
@@ -428,8 +438,17 @@ class LLM2Vec(nn.Module):
         """Writes a stage's result: all but the base weights, so that the folder can be moved and loaded by its name.
 
         The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
+
+        Raises:
+            ValueError: there is no adapter, or more than an adapter has changed.
         """
         output = Path(output)
+        trained = [name for name, p in self.decoder.named_parameters() if p.requires_grad and ".lora_" not in name]
+        if getattr(self.decoder, "merges", 0) != self._merges:
+            raise ValueError("an adapter was merged since the encoder was loaded, which a run would lose: use save()")
+        if trained:
+            raise ValueError(f"{trained[0]} is set free ({len(trained)} are), and a run keeps its adapter only: use save()")
+        output.mkdir(parents=True, exist_ok=True)
         self.keep_adapters(output / "adapters")
         names = [f"adapters/{number}" for number in range(len(self.adapters))]
         save_adapter(self.decoder, output, self.base_model)

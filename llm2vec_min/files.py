@@ -21,14 +21,16 @@ def member(folder: str | Path, name: str) -> Path:
     """The path of a file in a folder that may come from a stranger.
 
     Raises:
-        ValueError: the name, or a link of that name, leads out of the folder. (In the hub's cache every file is a link
-            into the `blobs` beside `snapshots`.)
+        ValueError: the name, or a link of that name, leads out of the folder, or a link nowhere. (In the hub's cache every
+            file is a link into the `blobs` beside `snapshots`.)
     """
     path = Path(folder) / name
     try:
         home, end = Path(folder).resolve(), path.resolve()
-    except (OSError, RuntimeError, ValueError) as error:  # links in a circle, a zero byte
+    except (OSError, RuntimeError, ValueError) as error:  # links in a circle (before Python 3.13), a zero byte
         raise ValueError(f"{folder}: {short(name)} is no file's name ({error})") from None
+    if path.is_symlink() and not path.exists():
+        raise ValueError(f"{folder}: {short(name)} is a link to what is not there")
     homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
     if not any(end.is_relative_to(place) for place in homes):
         raise ValueError(f"{folder}: {short(name)} leads out of its folder, to {end}; if that is meant, put a copy there")

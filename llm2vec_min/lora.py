@@ -77,18 +77,18 @@ def add_lora(
     Returns:
         Names of the layers that got one.
     Raises:
-        ValueError: a target that fits no linear layer, a layer that has an adapter already, a rank below 1.
+        ValueError: a target that fits no linear layer, a model that has an adapter already, a rank below 1.
     """
     if r < 1:
         raise ValueError(f"LoRA rank is {r}, expected at least 1")
+    if adapted := [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
+        raise ValueError(f"{adapted[0]} has an adapter already; merge it first")
     model.requires_grad_(False)
     targets = set(targets)
     chosen, used = [], set()
     for name, module in model.named_modules():
         hits = targets & {name, name.rpartition(".")[2]}
         if hits and isinstance(module, nn.Linear):
-            if isinstance(module, LoRALinear):
-                raise ValueError(f"{name} has an adapter already; merge it first")
             chosen.append(name)
             used |= hits
     if targets - used:
@@ -99,8 +99,10 @@ def add_lora(
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model."""
+    """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model. `model.merges`
+    counts how often, since a base that was merged into is no longer the one of its name."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     with torch.no_grad():
         for name in names:  # names, because a list of the modules would keep each unmerged weight to the end
             _replace(model, name, model.get_submodule(name).merged())
+    model.merges = getattr(model, "merges", 0) + bool(names)

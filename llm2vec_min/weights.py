@@ -275,20 +275,30 @@ def save_checkpoint(model: nn.Module, folder: str | Path, dtype: torch.dtype, ma
 
 
 def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
-    """Writes the decoder's LoRA weights as `PeftModel.from_pretrained(AutoModel, folder)` reads them."""
-    layers = {name: module for name, module in decoder.named_modules() if isinstance(module, LoRALinear)}
+    """Writes the decoder's LoRA weights as `PeftModel.from_pretrained(AutoModel, folder)` reads them.
+
+    Raises:
+        ValueError: no adapter, or layers whose rank, alpha or dropout differ.
+    """
+    linear = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
+    layers = {name: module for name, module in linear.items() if isinstance(module, LoRALinear)}
     if not layers:
         raise ValueError("the model has no adapter to save")
-    any_layer = next(iter(layers.values()))
-    alpha = any_layer.alpha
+    (r, alpha, dropout), *others = {(module.r, module.alpha, module.dropout) for module in layers.values()}
+    if others:
+        raise ValueError(
+            f"the adapter's layers differ in (r, alpha, dropout): {(r, alpha, dropout)} and {others[0]}; its file has one of each"
+        )
+    kinds = sorted({name.rpartition(".")[2] for name in layers})
+    on_all = len(layers) == sum(name.rpartition(".")[2] in kinds for name in linear)
     config = {
         "peft_type": "LORA",
         "task_type": None,
         "base_model_name_or_path": base_model,
-        "r": any_layer.r,
+        "r": r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
-        "lora_dropout": any_layer.dropout,
-        "target_modules": sorted({name.rpartition(".")[2] for name in layers}),
+        "lora_dropout": dropout,
+        "target_modules": kinds if on_all else sorted(layers),
         "bias": "none",
         "inference_mode": True,
         "fan_in_fan_out": False,
@@ -356,15 +366,21 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
             state[match[1] + ".weight"] = torch.empty(0) if misfit else file.get_tensor(key).float()
     targets = {name.rpartition(".lora_")[0] for name in state}
     missing = [f"{name}.lora_{c}" for name in targets for c in "AB" if f"{name}.lora_{c}.weight" not in state]
-    # An adapter sits on every layer or on none: fewer than the model has is another model's.
-    kinds = {re.sub(r"layers\.\d+\.", "", name) for name in targets}
-    if isinstance(said := config.get("target_modules"), list) and not config.get("exclude_modules"):  # a string is a pattern
-        kinds |= {kind for kind in {re.sub(r"layers\.\d+\.", "", name) for name in linear} if kind.rpartition(".")[2] in said}
-    if isinstance(layers := config.get("layers_to_transform"), int):
-        layers = [layers]
-    if not layers or isinstance(layers, list):
-        layers = layers or range(decoder.config.num_hidden_layers)
-        missing += [n for kind in kinds for i in layers if (n := f"layers.{i}.{kind}") not in targets]
+    # An adapter sits on the layers that it names, by the end of their name, or on all of a kind: fewer are another model's.
+    kind = {name: re.sub(r"layers\.\d+\.", "", name) for name in linear}
+    said, layers = config.get("target_modules"), config.get("layers_to_transform")
+    if isinstance(said, list) and not config.get("exclude_modules"):
+        ends = tuple("." + str(end).removeprefix("model.") for end in said)
+        expected = [name for name in linear if f".{name}".endswith(ends)]
+    else:  # a pattern, or all but some
+        kinds = {kind[name] for name in targets}
+        expected = [name for name in linear if kind[name] in kinds]
+    if layers or layers == 0:
+        layers = layers if isinstance(layers, list) else [layers]
+        missing += [f"layers.{i}" for i in layers if i not in range(decoder.config.num_hidden_layers)]
+        expected = [name for name in expected if int(name.split(".")[1]) in layers]
+    missing += [name for name in expected if name not in targets]
+    unexpected += sorted(targets - set(expected))
     problems = _problems(missing, unexpected, wrong) or ("" if state else "it is empty")
     if problems:
         base = config.get("base_model_name_or_path")

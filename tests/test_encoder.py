@@ -30,7 +30,6 @@ def run_folders(model_folder, tmp_path):
     first = LLM2Vec.from_pretrained(model_folder, device="cpu", pooling="max", max_length=77)
     add_lora(first.decoder, r=4)
     randomize(first.decoder, seed=1)
-    (tmp_path / "mntp").mkdir(), (tmp_path / "simcse").mkdir()
     first.save_run(tmp_path / "mntp", "mntp")
     second = LLM2Vec.from_pretrained(tmp_path / "mntp", device="cpu")
     add_lora(second.decoder, r=2)
@@ -211,6 +210,34 @@ def test_merged_equals_unmerged(run_folders):
     before = l2v.encode(TEXTS)
     merge_lora(l2v.decoder)
     np.testing.assert_allclose(l2v.encode(TEXTS), before, rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_keeps_all_that_was_trained_or_is_refused(run_folders, tmp_path):
+    mntp, _, l2v = run_folders
+    l2v.decoder.norm.requires_grad_()
+    with pytest.raises(ValueError, match=r"norm.weight is set free \(1 are\).*use save\(\)"):
+        l2v.save_run(tmp_path / "new", "simcse")
+    l2v.decoder.norm.requires_grad_(False)
+    merge_lora(l2v.decoder)
+    add_lora(l2v.decoder, r=2)
+    with pytest.raises(ValueError, match="merged since the encoder was loaded.*use save"):
+        l2v.save_run(tmp_path / "new", "simcse")
+    assert not (tmp_path / "new").exists()
+    expected = l2v.encode(TEXTS)
+    l2v.save(tmp_path / "new")
+    np.testing.assert_allclose(LLM2Vec.from_pretrained(tmp_path / "new", device="cpu").encode(TEXTS), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("which", ["run", "merged folder"])
+def test_a_setting_of_another_version_is_not_ignored(run_folders, tmp_path, which):
+    folder = run_folders[1]
+    if which == "merged folder":
+        folder = tmp_path / "merged"
+        run_folders[2].save(folder)
+    path = folder / "llm2vec_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"causal_layers": 2}))
+    with pytest.raises(ValueError, match="'causal_layers' is no setting of this version"):
+        LLM2Vec.from_pretrained(folder, device="cpu")
 
 
 def test_missing_base(run_folders):

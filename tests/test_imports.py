@@ -1,6 +1,8 @@
 """The house: imports run one way, from the front door down, and a room needs nothing of the rooms beside it."""
 
 import ast
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -85,6 +87,19 @@ def test_run_time_packages_only(module):
             assert inside, f"{module} imports {name} at its top: it must run without"
         elif package not in RUN_TIME | {"llm2vec_min"}:
             assert package in __import__("sys").stdlib_module_names, f"{module} imports {name}"
+
+
+def test_nothing_newer_than_python_3_10():
+    """The oldest that torch 2.9 runs on; a function of a newer standard library would be missed by no linter of the project."""
+    command = [
+        str(Path(sys.executable).with_name("vermin")),
+        "--target=3.10-",
+        "--no-tips",
+        "--violations",
+        *map(str, FILES.values()),
+    ]
+    done = subprocess.run(command, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
 
 
 def test_embed_needs_nothing_of_training():

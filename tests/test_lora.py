@@ -52,9 +52,17 @@ def test_add_lora(decoder):
         add_lora(decoder)
 
 
+def test_a_second_adapter_does_not_freeze_the_first(decoder):
+    add_lora(decoder, r=2, targets=["q_proj"])
+    with pytest.raises(ValueError, match="q_proj has an adapter already"):
+        add_lora(decoder, r=2, targets=["v_proj"])
+    assert any(p.requires_grad for p in decoder.parameters())
+
+
 def test_new_layers_are_in_the_mode_of_those_they_replace(decoder):
     add_lora(decoder.eval(), r=2, targets=["q_proj"])
     assert not any(module.training for module in decoder.modules())
+    merge_lora(decoder)
     add_lora(decoder.train(), r=2, targets=["k_proj"])
     assert all(module.training for module in decoder.modules())
 

@@ -10,7 +10,8 @@ from mutations import MUTATIONS, ROOT
 
 def test_each_applies_once():
     for number, (file, right, wrong, tests) in enumerate(MUTATIONS):
-        assert (ROOT / file).read_text().count(right) == 1, f"mutation {number} of {file}: {right!r}"
+        found = (ROOT / file).read_text().count(right)
+        assert found == 1, f"mutation {number} is there {found} times; if you changed {file}, write it anew: {right!r}"
         assert right != wrong and all((ROOT / test).is_file() for test in tests.split())
 
 

@@ -7,6 +7,7 @@ import os
 import shutil
 import stat
 import threading
+import warnings
 
 import peft
 import pytest
@@ -17,7 +18,7 @@ import transformers
 from conftest import VARIANTS, make_reference, random_batch, run_reference
 from llm2vec_min.config import ModelConfig
 from llm2vec_min.files import locked, new_folder
-from llm2vec_min.lora import add_lora, merge_lora
+from llm2vec_min.lora import LoRALinear, add_lora, merge_lora
 from llm2vec_min.weights import load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
@@ -340,6 +341,73 @@ def test_our_adapter_there_with_gradients(reference, tmp_path):
         else:
             assert parameter.grad is None, "the base is frozen"
     assert compared == len(gradients) == 2 * 5 * 3
+
+
+WHOLE_NAMES = ["layers.0.mlp.down_proj", "layers.2.mlp.down_proj", "layers.1.self_attn.q_proj"]
+
+
+def test_an_adapter_on_some_layers(reference, tmp_path):
+    """It lists whole names, so that neither PEFT nor this project misses those it has not; and PEFT's of that kind load."""
+    model, folder = reference("llama")
+    ours, again = load_decoder(folder), load_decoder(folder)
+    (tmp_path / "ours").mkdir()
+    add_lora(ours, r=2, targets=WHOLE_NAMES)
+    randomize(ours)
+    save_adapter(ours, tmp_path / "ours", "some/base")
+    load_adapter(again, tmp_path / "ours")
+    ids, _ = random_batch()
+    torch.testing.assert_close(again(ids, causal=False), ours(ids, causal=False))
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message=".*missing adapter keys")
+        theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path / "ours")
+    expected = run_reference(theirs.base_model.model, ids, causal=False).last_hidden_state
+    torch.testing.assert_close(ours(ids, causal=False), expected, **TOLERANCE)
+
+    for base in (model, model.model):
+        names = ["model." * (base is model) + name for name in WHOLE_NAMES]
+        theirs = peft.get_peft_model(copy.deepcopy(base), peft.LoraConfig(r=2, target_modules=names))
+        randomize(theirs)
+        theirs.save_pretrained(tmp_path / "theirs")
+        assert set(json.loads((tmp_path / "theirs" / "adapter_config.json").read_text())["target_modules"]) == set(names)
+        mine = load_decoder(folder)
+        load_adapter(mine, tmp_path / "theirs")
+        inner = theirs.base_model.model
+        expected = run_reference(getattr(inner, "model", inner), ids, causal=False).last_hidden_state
+        torch.testing.assert_close(mine(ids, causal=False), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (dict(target_modules=[*WHOLE_NAMES, "layers.1.mlp.down_proj"]), "missing: layers.1.mlp.down_proj$"),
+        (dict(target_modules=WHOLE_NAMES[1:]), "unexpected: layers.0.mlp.down_proj"),
+        (dict(target_modules=["down_proj", "q_proj"]), "missing: layers.0.self_attn.q_proj, layers.1.mlp.down_proj, layers.2"),
+        (
+            dict(target_modules=".*proj"),
+            "missing: layers.0.self_attn.q_proj, layers.1.mlp",
+        ),  # a pattern is not read: of each kind that is there, all
+        (dict(layers_to_transform=[0, 2]), "unexpected: layers.1.self_attn.q_proj"),
+        (dict(target_modules=["down_proj"], layers_to_transform=[0, 2, 7]), "missing: layers.7"),
+    ],
+)
+def test_an_adapter_on_other_layers_than_it_lists(reference, tmp_path, change, message):
+    mine = load_decoder(reference("llama")[1])
+    add_lora(mine, r=2, targets=WHOLE_NAMES)
+    save_adapter(mine, tmp_path, "x")
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
+    with pytest.raises(ValueError, match=message):
+        load_adapter(load_decoder(reference("llama")[1]), tmp_path)
+
+
+@pytest.mark.parametrize("change", [dict(r=3), dict(alpha=5.0), dict(dropout=0.5)])
+def test_an_adapter_with_two_recipes_is_not_saved(reference, tmp_path, change):
+    """Its file has one rank, one alpha and one dropout for all layers."""
+    mine = load_decoder(reference("llama")[1])
+    add_lora(mine, r=2)
+    mine.layers[1].mlp.up_proj = LoRALinear(mine.layers[1].mlp.up_proj, **(dict(r=2, alpha=32.0, dropout=0.05) | change))
+    with pytest.raises(ValueError, match="differ in"):
+        save_adapter(mine, tmp_path, "x")
 
 
 def test_merge_is_done_in_float32(reference):

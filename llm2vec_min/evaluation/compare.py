@@ -245,6 +245,9 @@ def plot(result: dict, path: str | Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
+    def plain(name: str) -> str:  # matplotlib reads what stands between two $ as a formula
+        return name.replace("$", r"\$")
+
     models = result["models"]
     tasks = list(next(iter(models.values())))
     figure = Figure(figsize=(max(6, 2 + 0.28 * len(tasks) * (len(models) + 1)), 4), layout="constrained")
@@ -253,8 +256,8 @@ def plot(result: dict, path: str | Path) -> None:
         firsts = [next(iter(scores[task].values())) for task in tasks]
         value, low, high = np.array([list(first.values()) for first in firsts], dtype=float).T  # None becomes nan
         bars = {"yerr": [np.maximum(value - low, 0), np.maximum(high - value, 0)], "error_kw": {"lw": 0.8}}
-        ax.bar(np.arange(len(tasks)) + (i - (len(models) - 1) / 2) * width, value, width, label=Path(name).name, **bars)
-    ax.set_xticks(range(len(tasks)), list(short(tasks).values()), rotation=30, ha="right", fontsize=8)
+        ax.bar(np.arange(len(tasks)) + (i - (len(models) - 1) / 2) * width, value, width, label=plain(Path(name).name), **bars)
+    ax.set_xticks(range(len(tasks)), [plain(name) for name in short(tasks).values()], rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("score x 100, 95 % interval")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))

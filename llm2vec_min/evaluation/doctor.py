@@ -27,7 +27,6 @@ from ..cli import add_model_flags, run
 from ..encoder import LLM2VEC_CONFIG, LLM2Vec
 from ..files import read_json
 from ..hub import resolve
-from ..pooling import POOLING_MODES
 
 TEXTS = [
     "A cat sat down.",
@@ -64,7 +63,7 @@ def plain_vectors(l2v: LLM2Vec, instruction: str = "") -> dict[tuple[bool, str, 
     text's "own" tokens, with the "instruction" too, or over "all".
 
     Raises:
-        ValueError: the instruction leaves no room for a text within max_length.
+        ValueError: the instruction leaves no room for a text within max_length; a pooling without a plain formula here.
     """
     prefix, suffix = l2v.template
     head = prefix + (instruction + " " if instruction else "")
@@ -86,9 +85,11 @@ def plain_vectors(l2v: LLM2Vec, instruction: str = "") -> dict[tuple[bool, str, 
             for tokens, mask in (("own", own), ("instruction", told), ("all", np.ones_like(own))):
                 rows = hidden[mask[kept]]
                 n = np.arange(1, len(rows) + 1)
-                pooled = rows.mean(0), n @ rows / n.sum(), rows[-1], rows[0], rows.max(0)
-                for mode, vector in zip(POOLING_MODES, pooled, strict=True):
+                pooled = {"mean": rows.mean(0), "weighted_mean": n @ rows / n.sum(), "max": rows.max(0)}
+                for mode, vector in (pooled | {"last": rows[-1], "first": rows[0]}).items():
                     vectors.setdefault((causal, tokens, mode), []).append(vector)
+    if (l2v.causal, "own", l2v.pooling) not in vectors:
+        raise ValueError(f"there is no plain {l2v.pooling} pooling to compare with; it belongs in plain_vectors")
     return {key: np.stack(rows) for key, rows in vectors.items()}
 
 
@@ -202,7 +203,7 @@ def examine(encode: Encode, l2v: LLM2Vec, *, tolerance: float = 1e-4, instructio
         tolerance: distance of two vectors of length 1 that is rounding only; bfloat16 needs about 0.05.
         instruction: to try; None where `encode` takes none.
     """
-    together, expected = encode(TEXTS), (len(TEXTS), l2v.decoder.config.hidden_size)
+    together, expected = encode(TEXTS), (len(TEXTS), l2v.width)
     if together.shape != expected:
         return [Check("numbers", False, f"vectors of shape {together.shape}, expected {expected}")]
     lengths = np.linalg.norm(together, axis=-1)

@@ -152,7 +152,7 @@ def _write_sentence_transformers(l2v: LLM2Vec, folder: Path, prompts: dict[str, 
     for path, _ in modules[1:]:
         (folder / path).mkdir()
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": l2v.max_length, "do_lower_case": False})
-    pooling = {"word_embedding_dimension": l2v.decoder.config.hidden_size, "include_prompt": False}
+    pooling = {"word_embedding_dimension": l2v.width, "include_prompt": False}
     for ours, theirs in POOLING_NAMES.items():
         key = f"pooling_mode_{theirs}_token" + ("" if theirs in ("cls", "lasttoken") else "s")
         pooling[key.replace("lasttoken_token", "lasttoken")] = ours == l2v.pooling

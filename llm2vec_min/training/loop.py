@@ -36,7 +36,8 @@ MOST_SKIPPED = 5  # steps in a row without a finite gradient
 
 @dataclass
 class Settings:
-    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored."""
+    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored; those of LoRA are
+    `train.py`'s, which makes the adapter, as a caller of `train_mntp` and the like does with `add_lora`."""
 
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # sequences per optimizer step, over all processes
@@ -103,9 +104,10 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         return work
     if resume:
         before = read_json(work / ARGUMENTS)
-        # the folder may have been moved, or be named by another way
-        if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
-            found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
+        # A flag that the run did not know yet must be off. The folder may have been moved, or be named by another way.
+        changed = [k for k in arguments if (before[k] != arguments[k] if k in before else arguments[k])]
+        if changed := [k for k in changed if k != "output"]:
+            found = ", ".join(f"{name} was {before.get(name)!r}, is {arguments[name]!r}" for name in changed)
             raise ValueError(f"--resume: {work} was started with other arguments: {found}")
         return work
     if not overwrite:
@@ -174,7 +176,10 @@ def identify(paths: list[str]) -> dict[str, str]:
         check_file(path)
         try:
             with open(path, "rb") as file:
-                found[f"SHA-256 of {path}"] = hashlib.file_digest(file, "sha256").hexdigest()[:16]
+                digest = hashlib.sha256()
+                while block := file.read(2**20):
+                    digest.update(block)
+            found[f"SHA-256 of {path}"] = digest.hexdigest()[:16]
         except OSError as error:
             raise ValueError(f"{path}: not a readable text file ({error})") from None
     return found
@@ -209,7 +214,7 @@ class Loop:
         self,
         model: nn.Module,
         settings: Settings,
-        output: Path | None = None,
+        output: str | Path | None = None,
         *,
         arguments: dict | None = None,
         evaluate: Callable[[], dict] | None = None,
@@ -218,11 +223,14 @@ class Loop:
     ):
         if settings.batch_size % world_size():
             raise ValueError(f"--batch-size is {settings.batch_size}, which {world_size()} processes do not divide evenly")
-        self.model, self.settings, self.output, self.quiet = model, settings, output, quiet
+        self.model, self.settings, self.quiet = model, settings, quiet
+        self.output = None if output is None else Path(output)
         self.arguments, self.is_new = arguments, not resume
         self.is_main = rank() == 0  # who writes and reports
         self.evaluate = evaluate
         self.parameters = trainable_parameters(model)
+        if not self.parameters:
+            raise ValueError("the model has no weight to train: give it an adapter first, add_lora(l2v.decoder)")
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.lr,

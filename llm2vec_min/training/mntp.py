@@ -53,8 +53,6 @@ def mask_tokens(
         ValueError: an unknown style, or a probability outside (0, 1].
     Source: LLM2Vec section D.1 (style and probability per model); BERT (arXiv 1810.04805) section 3.1.
     """
-    if style not in MASK_STYLES:
-        raise ValueError(f"mask style is {style!r}, expected one of {', '.join(MASK_STYLES)}")
     if not 0 < probability <= 1:
         raise ValueError(f"mask probability is {probability}, expected a number in (0, 1]")
 
@@ -67,9 +65,13 @@ def mask_tokens(
     labels = input_ids.masked_fill(~chosen, IGNORED)
     fate = draw()
     random_ids = torch.randint(vocab_size, input_ids.shape, generator=generator)
-    masked_ids = input_ids.masked_fill(chosen & (fate < 0.8) if style == "bert" else chosen, mask_id)
-    if style == "bert":
+    if style == "all":
+        masked_ids = input_ids.masked_fill(chosen, mask_id)
+    elif style == "bert":
+        masked_ids = input_ids.masked_fill(chosen & (fate < 0.8), mask_id)
         masked_ids = torch.where(chosen & (fate >= 0.9), random_ids, masked_ids)
+    else:
+        raise ValueError(f"mask style is {style!r}, expected one of {', '.join(MASK_STYLES)}")
     return masked_ids, labels
 
 
@@ -107,7 +109,8 @@ def mntp_loss(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: 
 
 @torch.no_grad()
 def held_out_score(l2v: LLM2Vec, blocks: np.ndarray, settings: Settings) -> dict:
-    """MNTP loss and accuracy on (N, T) blocks, under the same masks at each call."""
+    """MNTP loss and accuracy on (N, T) blocks, under the same masks at each call: those of the run's own mask style and
+    probability, so runs that differ in these cannot be compared by it."""
     generator = torch.Generator().manual_seed(settings.seed)
     # all at once: the masks, and so the score, do not depend on the batch size
     masked_ids, labels = mask_tokens(torch.from_numpy(blocks).long(), **masking(l2v, settings), generator=generator)
@@ -150,7 +153,7 @@ def train_mntp(
     train_blocks: np.ndarray,
     held_out: np.ndarray,
     settings: Settings,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     evaluate: Callable[[], dict] | None = None,
     **loop_options,

@@ -88,7 +88,7 @@ def pretrain(
     train_blocks: np.ndarray,
     held_out: np.ndarray,
     settings: Settings,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     tokenizer=None,
     bfloat16: bool = False,

@@ -102,7 +102,7 @@ def train_simcse(
     l2v: LLM2Vec,
     sentences: list[str],
     settings: Settings,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     evaluate: Callable[[], dict] | None = None,
     **loop_options,

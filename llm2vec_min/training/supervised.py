@@ -122,7 +122,7 @@ def train_supervised(
     l2v: LLM2Vec,
     sets: list[DataSet],
     settings: Settings,
-    output: Path | None = None,
+    output: str | Path | None = None,
     *,
     evaluate: Callable[[], dict] | None = None,
     **loop_options,
@@ -137,11 +137,12 @@ def train_supervised(
         ValueError: what `draw` refuses; an instruction that leaves no room for a text; a matryoshka size out of range; a data
             set whose hard negatives are all filtered out, where only they count.
     """
-    width = l2v.decoder.config.hidden_size
     if len(set(settings.matryoshka)) < len(settings.matryoshka):
         raise ValueError(f"--matryoshka {' '.join(map(str, settings.matryoshka))}: expected each size once")
-    if wrong := [size for size in settings.matryoshka if not 0 < size < width]:
-        raise ValueError(f"--matryoshka {wrong[0]}: expected numbers from 1 to {width - 1}, the whole vector has {width}")
+    if wrong := [size for size in settings.matryoshka if not 0 < size < l2v.width]:
+        raise ValueError(
+            f"--matryoshka {wrong[0]}: expected numbers from 1 to {l2v.width - 1}, the whole vector has {l2v.width}"
+        )
     triplets = [triplet for data in sets for triplet in data.triplets]
     order = draw(sets, settings)
     long = "word " * settings.max_length

@@ -299,6 +299,12 @@ def test_behind_a_server(l2v, serve, capsys):
     assert "FAILED    direction       these are vectors of causal attention" in capsys.readouterr().out
 
 
+def test_a_pooling_without_a_plain_formula(l2v, monkeypatch):
+    monkeypatch.setattr(l2v, "pooling", "middle")
+    with pytest.raises(ValueError, match="no plain middle pooling"):
+        doctor.plain_vectors(l2v)
+
+
 def test_mistakes(model_folder, serve):
     sizes = iter([64, 64, 7])
     for flags, message in (

@@ -111,6 +111,12 @@ def test_loss_falls(model_folder):
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
+def test_nothing_to_train(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    with pytest.raises(ValueError, match="no weight to train.*add_lora"):
+        train_simcse(l2v, ["a", "b", "c", "d"], Settings(steps=1, batch_size=2))
+
+
 def test_mntp_refuses_causal(model_folder):
     l2v = LLM2Vec.from_pretrained(model_folder, causal=True, device="cpu", lm_head=True)
     with pytest.raises(ValueError, match="found causal=True"):
@@ -230,6 +236,10 @@ def test_output_folder(tmp_path):
     assert plan_output(run, dict(stage="mntp", lr=1, output="by another way"), resume=True) == run
     with pytest.raises(ValueError, match="lr was 1, is 2"):
         plan_output(run, dict(stage="mntp", lr=2), resume=True)
+    # a flag that the version of then did not have
+    assert plan_output(run, dict(stage="mntp", lr=1, uniformity=0.0, names=[]), resume=True) == run
+    with pytest.raises(ValueError, match="uniformity was None, is 0.5"):
+        plan_output(run, dict(stage="mntp", lr=1, uniformity=0.5), resume=True)
     (run / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="already holds a run; --overwrite starts anew"):
         plan_output(run, {})

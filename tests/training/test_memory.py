@@ -8,6 +8,7 @@ from peak_memory import PeakMemory, like_a_gpu
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from conftest import VARIANTS
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import Decoder, set_attention_dropout
@@ -122,7 +123,7 @@ def test_the_papers_batches_fit_into_24_gb():
             assert plan(make_config(*SHAPES[shape]), settings, stage).peak < 20e9
 
 
-@pytest.mark.parametrize("variant", ["llama", "llama-tied", "llama-biases", "llama-head-dim", "mistral", "qwen2", "qwen2-tied"])
+@pytest.mark.parametrize("variant", VARIANTS)
 def test_counts_for_every_kind_of_model(both, variant):
     _, model = both(variant)
     count = count_parameters(model.config)

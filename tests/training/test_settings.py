@@ -13,7 +13,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.lora import LoRALinear, add_lora
-from llm2vec_min.training.flags import READ_BY
+from llm2vec_min.training.flags import READ_BY, build_parser
 from llm2vec_min.training.loop import Loop, Settings
 from llm2vec_min.weights import save_adapter
 
@@ -152,6 +152,12 @@ def test_flags_become_settings(start, stage):
     found = {name: value for name, value in vars(settings).items() if name not in other}
     expected = {f.name: type(f.default)(VALUES[f.name]) for f in fields(Settings) if f.name in VALUES.keys() - other}
     assert found == expected | {"gradient_checkpointing": True}
+
+
+def test_every_flag_of_a_method_says_whose_it_is():
+    groups = {group.title: group for group in build_parser([], "")._action_groups}
+    found = {action.dest for title in ("method", "LoRA (all stages but pretrain)") for action in groups[title]._group_actions}
+    assert len(found) > 10 and found <= READ_BY.keys()
 
 
 def test_flags_of_another_stage(start):
