@@ -128,6 +128,11 @@ for file in (CONFIG, WEIGHTS, TOKENIZER, TOKENIZER_CONFIG):
         (folder / file).unlink()
         (folder / file).symlink_to(folder / file)
 
+    @case(f"a link to nothing: {file}", file, "" if file == WEIGHTS else "is a link to what is not there")
+    def link_nowhere(folder, file=file):
+        (folder / file).unlink()
+        (folder / file).symlink_to(folder / "gone")
+
     @case(f"an endless device: {file}", file, "" if file == WEIGHTS else "leads out of its folder")
     def link_device(folder, file=file):
         (folder / file).unlink()
