@@ -579,6 +579,15 @@ def test_compiled_steps_are_the_same(model_folder, tmp_path, stage):
     assert len(losses[0]) == 3 and losses[1] == pytest.approx(losses[0], abs=1e-5)
 
 
+def test_compile_without_a_compiler(model_folder, tmp_path):
+    (tmp_path / "text.txt").write_text("some words to train on\n" * 900)
+    command = [sys.executable, str(ROOT / "train.py"), "--model", str(model_folder), "--data", str(tmp_path / "text.txt"), "--eval", "",
+               "--device", "cpu", "--steps", "1", "--batch-size", "4", "--max-length", "16", "--output", str(tmp_path / "run"), "--compile"]  # fmt: skip
+    nowhere = {"PATH": "", "CXX": "no-such-compiler", "TORCHINDUCTOR_CACHE_DIR": str(tmp_path / "cache")}
+    done = subprocess.run(command, capture_output=True, text=True, env=os.environ | nowhere)
+    assert done.returncode == 2 and done.stderr.splitlines()[-1].startswith("train.py: error: --compile needs a C++ compiler")
+
+
 # ---- what a resumed or replaced run must not do ----
 
 
