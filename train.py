@@ -238,7 +238,9 @@ def run_stage(
         (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
     except RuntimeError as error:
         if args.compile and any(words in str(error) for words in ("No working C++ compiler", "Failed to find C compiler")):
-            raise ValueError("--compile needs a C++ compiler, and found none: install g++, or leave --compile out") from None
+            raise ValueError(
+                "--compile needs a compiler, and found none: install gcc and g++, or leave --compile out, with --overwrite"
+            ) from None
         if args.stage == "pretrain" or not memory.is_out_of_memory(error):
             raise
         raise ValueError(memory.advise(memory.plan_run(*shape), device)) from None

@@ -65,7 +65,9 @@ def read_settings(folder: Path) -> dict:
             raise ValueError(f"{path}: {name} is {short(settings[name])}, expected {expected}")
     ours = {"stage", "exported_from"} & settings.keys()  # the authors' files have fields that do not matter here
     if ours and (unknown := settings.keys() - ours - SETTINGS.keys()):
-        raise ValueError(f"{path}: {short(min(unknown))} is no setting of this version, whose vectors would be others")
+        raise ValueError(
+            f"{path}: {short(min(unknown))} is no setting that this version knows: without it the vectors would be others"
+        )
     if "adapters" in settings and "base_model_name_or_path" not in settings:
         raise ValueError(f"{path}: names adapters, but no base_model_name_or_path")
     return settings
@@ -155,7 +157,6 @@ class LLM2Vec(nn.Module):
         self.causal, self.pooling, self.max_length, self.template = bool(causal), pooling, max_length, tuple(template)
         self.base_model, self.adapters = base_model, list(adapters or [])
         self.lm_head: nn.Linear | None = None
-        self._merges = getattr(decoder, "merges", 0)
         self.preset: str | None = None  # whose recipe a later stage takes, where the base model's name does not tell
         self._encoding, self._was_training = 0, False  # threads in `encode`, and the mode to return to
 
@@ -212,7 +213,7 @@ class LLM2Vec(nn.Module):
         for adapter in chain:
             load_adapter(decoder, adapter)
             merge_lora(decoder)
-        has_tokenizer = [f for f in (*reversed(chain), base_folder) if (f / "tokenizer.json").is_file()]
+        has_tokenizer = [f for f in (*reversed(chain), base_folder) if member(f, "tokenizer.json").is_file()]
         if causal is None:
             causal = settings.get("causal", False)
         l2v = cls(
@@ -440,18 +441,21 @@ class LLM2Vec(nn.Module):
         The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
 
         Raises:
-            ValueError: there is no adapter, or more than an adapter has changed.
+            ValueError: there is no adapter, weights of the base are set free, or an adapter was merged since it was loaded.
         """
-        output = Path(output)
+        output, merges = Path(output), getattr(self.decoder, "merges", 0)
         trained = [name for name, p in self.decoder.named_parameters() if p.requires_grad and ".lora_" not in name]
-        if getattr(self.decoder, "merges", 0) != self._merges:
-            raise ValueError("an adapter was merged since the encoder was loaded, which a run would lose: use save()")
+        if merges != len(self.adapters):
+            raise ValueError(
+                f"{merges} adapters are merged into the base, but the encoder was loaded with {len(self.adapters)}, and a run "
+                "would lose the others: use save()"
+            )
         if trained:
             raise ValueError(f"{trained[0]} is set free ({len(trained)} are), and a run keeps its adapter only: use save()")
         output.mkdir(parents=True, exist_ok=True)
+        save_adapter(self.decoder, output, self.base_model)
         self.keep_adapters(output / "adapters")
         names = [f"adapters/{number}" for number in range(len(self.adapters))]
-        save_adapter(self.decoder, output, self.base_model)
         self.tokenizer.save(output)
         write_json(
             output / LLM2VEC_CONFIG,

@@ -27,9 +27,10 @@ def member(folder: str | Path, name: str) -> Path:
     path = Path(folder) / name
     try:
         home, end = Path(folder).resolve(), path.resolve()
+        leads_nowhere = path.is_symlink() and not path.exists()
     except (OSError, RuntimeError, ValueError) as error:  # links in a circle (before Python 3.13), a zero byte
         raise ValueError(f"{folder}: {short(name)} is no file's name ({error})") from None
-    if path.is_symlink() and not path.exists():
+    if leads_nowhere:
         raise ValueError(f"{folder}: {short(name)} is a link to what is not there")
     homes = [home, *(parent.parent / "blobs" for parent in home.parents if parent.name == "snapshots")]
     if not any(end.is_relative_to(place) for place in homes):

@@ -314,6 +314,29 @@ def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
     write_json(folder / ADAPTER_CONFIG, config)
 
 
+def _adapted_layers(config: dict, linear: list[str], found: set[str]) -> tuple[list[str], list[str]]:
+    """Of a decoder's linear layers those that an adapter_config.json names, as PEFT matches them: by a whole name, or the end
+    of one in some layers; and what it names that is not there. A pattern is not read: it stands for all layers of the kinds
+    that are found, since fewer are another model's."""
+    said, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    layers = config.get("layers_to_transform")
+    layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
+    number = {name: int(name.split(".")[1]) for name in linear}
+    absent = [f"layers.{i}" for i in layers if i not in number.values()]
+
+    def listed(name: str, ends: list) -> bool:
+        return f".{name}".endswith(tuple("." + str(end).removeprefix("model.") for end in ends))
+
+    if isinstance(said, list) and isinstance(excluded, list):
+        whole = {str(name).removeprefix("model.") for name in said}
+        absent += sorted(name for name in whole if re.match(r"layers\.\d+\.", name) and name not in linear)
+        names = [name for name in linear if listed(name, said) and not listed(name, excluded)]
+    else:
+        whole, kinds = set(), {re.sub(r"layers\.\d+\.", "", name) for name in found}
+        names = [name for name in linear if re.sub(r"layers\.\d+\.", "", name) in kinds]
+    return [name for name in names if name in whole or not layers or number[name] in layers], absent
+
+
 def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     """Puts a LoRA adapter from a PEFT folder on the decoder, in place; it is neither merged nor trainable.
 
@@ -366,22 +389,12 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
             state[match[1] + ".weight"] = torch.empty(0) if misfit else file.get_tensor(key).float()
     targets = {name.rpartition(".lora_")[0] for name in state}
     missing = [f"{name}.lora_{c}" for name in targets for c in "AB" if f"{name}.lora_{c}.weight" not in state]
-    # An adapter sits on the layers that it names, by the end of their name, or on all of a kind: fewer are another model's.
-    kind = {name: re.sub(r"layers\.\d+\.", "", name) for name in linear}
-    said, layers = config.get("target_modules"), config.get("layers_to_transform")
-    if isinstance(said, list) and not config.get("exclude_modules"):
-        ends = tuple("." + str(end).removeprefix("model.") for end in said)
-        expected = [name for name in linear if f".{name}".endswith(ends)]
-    else:  # a pattern, or all but some
-        kinds = {kind[name] for name in targets}
-        expected = [name for name in linear if kind[name] in kinds]
-    if layers or layers == 0:
-        layers = layers if isinstance(layers, list) else [layers]
-        missing += [f"layers.{i}" for i in layers if i not in range(decoder.config.num_hidden_layers)]
-        expected = [name for name in expected if int(name.split(".")[1]) in layers]
-    missing += [name for name in expected if name not in targets]
+    expected, absent = _adapted_layers(config, list(linear), targets)
+    missing += absent + [name for name in expected if name not in targets]
     unexpected += sorted(targets - set(expected))
     problems = _problems(missing, unexpected, wrong) or ("" if state else "it is empty")
+    if missing and isinstance(config.get("target_modules"), str):
+        problems += " (target_modules is a pattern, which is not read; a list of names may leave layers out)"
     if problems:
         base = config.get("base_model_name_or_path")
         raise ValueError(

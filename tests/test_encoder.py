@@ -220,12 +220,36 @@ def test_a_run_keeps_all_that_was_trained_or_is_refused(run_folders, tmp_path):
     l2v.decoder.norm.requires_grad_(False)
     merge_lora(l2v.decoder)
     add_lora(l2v.decoder, r=2)
-    with pytest.raises(ValueError, match="merged since the encoder was loaded.*use save"):
+    with pytest.raises(ValueError, match="2 adapters are merged into the base, but the encoder was loaded with 1.*use save"):
         l2v.save_run(tmp_path / "new", "simcse")
     assert not (tmp_path / "new").exists()
+    built = LLM2Vec(l2v.decoder, l2v.tokenizer, base_model="tiny")
+    with pytest.raises(ValueError, match="2 adapters are merged into the base, but the encoder was loaded with 0"):
+        built.save_run(tmp_path / "new", "simcse")
     expected = l2v.encode(TEXTS)
     l2v.save(tmp_path / "new")
     np.testing.assert_allclose(LLM2Vec.from_pretrained(tmp_path / "new", device="cpu").encode(TEXTS), expected, atol=1e-5)
+
+
+def test_a_run_that_was_refused_can_be_saved_again(run_folders, tmp_path):
+    """The adapters that it stands on are still where they were."""
+    mntp, _, _ = run_folders
+    l2v = LLM2Vec.from_pretrained(mntp, device="cpu")
+    add_lora(l2v.decoder, r=2)
+    l2v.decoder.layers[0].mlp.up_proj.alpha = 1.0
+    with pytest.raises(ValueError, match="differ in"):
+        l2v.save_run(tmp_path / "new", "simcse")
+    shutil.rmtree(tmp_path / "new")
+    l2v.decoder.layers[0].mlp.up_proj.alpha = 32.0
+    l2v.save_run(tmp_path / "new", "simcse")
+    assert l2v.adapters == [tmp_path / "new" / "adapters" / "0"]
+
+
+def test_a_runs_tokenizer_that_leads_nowhere(run_folders):
+    (run_folders[1] / "tokenizer.json").unlink()
+    (run_folders[1] / "tokenizer.json").symlink_to(run_folders[1] / "gone")
+    with pytest.raises(ValueError, match="a link to what is not there"):
+        LLM2Vec.from_pretrained(run_folders[1], device="cpu")
 
 
 @pytest.mark.parametrize("which", ["run", "merged folder"])
@@ -236,7 +260,7 @@ def test_a_setting_of_another_version_is_not_ignored(run_folders, tmp_path, whic
         run_folders[2].save(folder)
     path = folder / "llm2vec_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"causal_layers": 2}))
-    with pytest.raises(ValueError, match="'causal_layers' is no setting of this version"):
+    with pytest.raises(ValueError, match="'causal_layers' is no setting that this version knows"):
         LLM2Vec.from_pretrained(folder, device="cpu")
 
 

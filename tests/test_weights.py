@@ -181,7 +181,7 @@ def test_an_adapter_that_is_not_finite_or_lacks_what_it_says_it_has(reference, t
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | {"exclude_modules": ["q_proj"]}))
     load()
     whole["base_model.model.layers.2.mlp.up_proj.lora_B.weight"][0, 0] = float("nan")
-    safetensors.torch.save_file(whole, file)
+    safetensors.torch.save_file({name: t for name, t in whole.items() if "q_proj" not in name}, file)
     with pytest.raises(
         ValueError, match="NaN or infinity in layers.2.mlp.up_proj.lora_B.weight; its training may have diverged"
     ):
@@ -382,11 +382,12 @@ def test_an_adapter_on_some_layers(reference, tmp_path):
         (dict(target_modules=[*WHOLE_NAMES, "layers.1.mlp.down_proj"]), "missing: layers.1.mlp.down_proj$"),
         (dict(target_modules=WHOLE_NAMES[1:]), "unexpected: layers.0.mlp.down_proj"),
         (dict(target_modules=["down_proj", "q_proj"]), "missing: layers.0.self_attn.q_proj, layers.1.mlp.down_proj, layers.2"),
+        (dict(target_modules=".*proj"), "missing: layers.0.self_attn.q_proj, layers.1.mlp.*is a pattern, which is not read"),
+        (dict(target_modules=[*WHOLE_NAMES, "layers.30.mlp.up_proj"]), "missing: layers.30.mlp.up_proj$"),
         (
-            dict(target_modules=".*proj"),
-            "missing: layers.0.self_attn.q_proj, layers.1.mlp",
-        ),  # a pattern is not read: of each kind that is there, all
-        (dict(layers_to_transform=[0, 2]), "unexpected: layers.1.self_attn.q_proj"),
+            dict(target_modules=["down_proj", "q_proj"], layers_to_transform=2),
+            "missing: layers.2.self_attn.q_proj; unexpected: ",
+        ),
         (dict(target_modules=["down_proj"], layers_to_transform=[0, 2, 7]), "missing: layers.7"),
     ],
 )
@@ -398,6 +399,29 @@ def test_an_adapter_on_other_layers_than_it_lists(reference, tmp_path, change, m
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         load_adapter(load_decoder(reference("llama")[1]), tmp_path)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        dict(target_modules=["self_attn.q_proj", "0.mlp.up_proj"]),
+        dict(target_modules=["q_proj", "down_proj"], layers_to_transform=[1]),
+        dict(target_modules=["q_proj", "model.layers.2.mlp.up_proj"], layers_to_transform=[0]),  # a whole name is in any layer
+        dict(target_modules=["q_proj", "v_proj"], exclude_modules=["1.self_attn.v_proj", "layers.0.self_attn.q_proj"]),
+        dict(target_modules="all-linear"),
+        dict(target_modules=r".*\.(q|v)_proj"),
+    ],
+)
+def test_layers_are_chosen_as_peft_chooses_them(reference, tmp_path, options):
+    model, folder = reference("llama")
+    theirs = peft.get_peft_model(copy.deepcopy(model), peft.LoraConfig(r=2, **options))
+    randomize(theirs)
+    theirs.save_pretrained(tmp_path)
+    mine = load_decoder(folder)
+    load_adapter(mine, tmp_path)
+    ids, _ = random_batch()
+    expected = run_reference(theirs.base_model.model.model, ids, causal=False).last_hidden_state
+    torch.testing.assert_close(mine(ids, causal=False), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("change", [dict(r=3), dict(alpha=5.0), dict(dropout=0.5)])

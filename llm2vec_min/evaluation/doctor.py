@@ -85,8 +85,10 @@ def plain_vectors(l2v: LLM2Vec, instruction: str = "") -> dict[tuple[bool, str, 
             for tokens, mask in (("own", own), ("instruction", told), ("all", np.ones_like(own))):
                 rows = hidden[mask[kept]]
                 n = np.arange(1, len(rows) + 1)
-                pooled = {"mean": rows.mean(0), "weighted_mean": n @ rows / n.sum(), "max": rows.max(0)}
-                for mode, vector in (pooled | {"last": rows[-1], "first": rows[0]}).items():
+                pooled = dict(
+                    mean=rows.mean(0), weighted_mean=n @ rows / n.sum(), last=rows[-1], first=rows[0], max=rows.max(0)
+                )
+                for mode, vector in pooled.items():
                     vectors.setdefault((causal, tokens, mode), []).append(vector)
     if (l2v.causal, "own", l2v.pooling) not in vectors:
         raise ValueError(f"there is no plain {l2v.pooling} pooling to compare with; it belongs in plain_vectors")

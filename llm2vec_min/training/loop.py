@@ -104,10 +104,10 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         return work
     if resume:
         before = read_json(work / ARGUMENTS)
-        # A flag that the run did not know yet must be off. The folder may have been moved, or be named by another way.
-        changed = [k for k in arguments if (before[k] != arguments[k] if k in before else arguments[k])]
-        if changed := [k for k in changed if k != "output"]:
-            found = ", ".join(f"{name} was {before.get(name)!r}, is {arguments[name]!r}" for name in changed)
+        # What its version had no setting for was at the default. The folder may have been moved, or be named by another way.
+        before = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(Settings()).items()} | before
+        if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
+            found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
             raise ValueError(f"--resume: {work} was started with other arguments: {found}")
         return work
     if not overwrite:
@@ -230,7 +230,9 @@ class Loop:
         self.evaluate = evaluate
         self.parameters = trainable_parameters(model)
         if not self.parameters:
-            raise ValueError("the model has no weight to train: give it an adapter first, add_lora(l2v.decoder)")
+            raise ValueError(
+                "the model has no weight to train: give it a fresh adapter, add_lora(l2v.decoder), on top of merged ones"
+            )
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.lr,

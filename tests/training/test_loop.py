@@ -237,9 +237,9 @@ def test_output_folder(tmp_path):
     with pytest.raises(ValueError, match="lr was 1, is 2"):
         plan_output(run, dict(stage="mntp", lr=2), resume=True)
     # a flag that the version of then did not have
-    assert plan_output(run, dict(stage="mntp", lr=1, uniformity=0.0, names=[]), resume=True) == run
-    with pytest.raises(ValueError, match="uniformity was None, is 0.5"):
-        plan_output(run, dict(stage="mntp", lr=1, uniformity=0.5), resume=True)
+    assert plan_output(run, dict(stage="mntp", lr=1, schedule="linear", matryoshka=[], processes=1), resume=True) == run
+    with pytest.raises(ValueError, match="temperature was 0.05, is 0.5"):
+        plan_output(run, dict(stage="mntp", lr=1, temperature=0.5), resume=True)
     (run / "config.json").write_text("{}")
     with pytest.raises(ValueError, match="already holds a run; --overwrite starts anew"):
         plan_output(run, {})
