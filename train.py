@@ -239,7 +239,7 @@ def run_stage(
     except RuntimeError as error:
         if args.compile and any(words in str(error) for words in ("No working C++ compiler", "Failed to find C compiler")):
             raise ValueError(
-                "--compile needs a compiler, and found none: install gcc and g++, or leave --compile out, with --overwrite"
+                "--compile needs a compiler, and found none that works: install gcc and g++, or leave --compile out; then --overwrite"
             ) from None
         if args.stage == "pretrain" or not memory.is_out_of_memory(error):
             raise

@@ -39,7 +39,7 @@ THEIR_POOLINGS = ("eos_token", "bos_token")
 
 
 LINEAGE = ("adapters", "base_model_name_or_path", "preset")  # in llm2vec_config.json: what an encoder stands on
-SETTINGS = {  # all of llm2vec_config.json: what each must be, and whether it is
+SETTINGS = {  # all that is read of llm2vec_config.json: what each must be, and whether it is
     "pooling_mode": (f"one of {', '.join(POOLING_MODES)}", lambda value: value in (*POOLING_MODES, *THEIR_POOLINGS)),
     "max_length": ("a whole number from 1 on", lambda value: type(value) is int and 1 <= value < 2**31),
     "causal": ("true or false", lambda value: type(value) is bool),
@@ -66,7 +66,7 @@ def read_settings(folder: Path) -> dict:
     ours = {"stage", "exported_from"} & settings.keys()  # the authors' files have fields that do not matter here
     if ours and (unknown := settings.keys() - ours - SETTINGS.keys()):
         raise ValueError(
-            f"{path}: {short(min(unknown))} is no setting that this version knows: without it the vectors would be others"
+            f"{path}: {short(min(unknown))} is no setting that this version knows, and without it the vectors may differ"
         )
     if "adapters" in settings and "base_model_name_or_path" not in settings:
         raise ValueError(f"{path}: names adapters, but no base_model_name_or_path")
@@ -409,7 +409,8 @@ class LLM2Vec(nn.Module):
 
     def settings(self) -> dict:
         """What llm2vec_config.json says of how this encoder reads and pools a text. Whatever else a run changes in its encoder
-        belongs here and in `SETTINGS`: runs and exports keep it, and the fingerprint sees it."""
+        belongs here, in `SETTINGS` and where `from_pretrained` reads them: so runs and merged folders keep it, and the
+        fingerprint sees it."""
         return {
             "causal": self.causal,
             "pooling_mode": self.pooling,
@@ -441,9 +442,9 @@ class LLM2Vec(nn.Module):
         The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
 
         Raises:
-            ValueError: there is no adapter, weights of the base are set free, or an adapter was merged since it was loaded.
+            ValueError: there is no adapter, weights of the base are trainable, or an adapter was merged since it was loaded.
         """
-        output, merges = Path(output), getattr(self.decoder, "merges", 0)
+        output, merges = Path(output), sum(getattr(module, "merges", 0) for module in (self, self.decoder))
         trained = [name for name, p in self.decoder.named_parameters() if p.requires_grad and ".lora_" not in name]
         if merges != len(self.adapters):
             raise ValueError(
@@ -451,7 +452,9 @@ class LLM2Vec(nn.Module):
                 "would lose the others: use save()"
             )
         if trained:
-            raise ValueError(f"{trained[0]} is set free ({len(trained)} are), and a run keeps its adapter only: use save()")
+            raise ValueError(
+                f"{trained[0]} is trainable ({len(trained)} of the base are), and a run keeps its adapter only: use save()"
+            )
         output.mkdir(parents=True, exist_ok=True)
         save_adapter(self.decoder, output, self.base_model)
         self.keep_adapters(output / "adapters")

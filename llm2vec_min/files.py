@@ -21,7 +21,7 @@ def member(folder: str | Path, name: str) -> Path:
     """The path of a file in a folder that may come from a stranger.
 
     Raises:
-        ValueError: the name, or a link of that name, leads out of the folder, or a link nowhere. (In the hub's cache every
+        ValueError: the name, or a link of that name, leads out of the folder, or leads nowhere. (In the hub's cache every
             file is a link into the `blobs` beside `snapshots`.)
     """
     path = Path(folder) / name

@@ -315,26 +315,31 @@ def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
 
 
 def _adapted_layers(config: dict, linear: list[str], found: set[str]) -> tuple[list[str], list[str]]:
-    """Of a decoder's linear layers those that an adapter_config.json names, as PEFT matches them: by a whole name, or the end
-    of one in some layers; and what it names that is not there. A pattern is not read: it stands for all layers of the kinds
-    that are found, since fewer are another model's."""
-    said, excluded = config.get("target_modules"), config.get("exclude_modules") or []
-    layers = config.get("layers_to_transform")
-    layers = layers if isinstance(layers, list) else [] if layers is None else [layers]
-    number = {name: int(name.split(".")[1]) for name in linear}
-    absent = [f"layers.{i}" for i in layers if i not in number.values()]
+    """Of a decoder's linear layers those that an adapter_config.json names, and what it names that is not there.
 
-    def listed(name: str, ends: list) -> bool:
+    As in PEFT a list holds whole names, or ends of names, which count in `layers_to_transform` only, and `exclude_modules`
+    takes some away. A pattern is not read: it stands for all layers of the kinds that are found, since fewer are another model's.
+    """
+    named, excluded = config.get("target_modules"), config.get("exclude_modules") or []
+    numbers = config.get("layers_to_transform")
+    numbers = numbers if isinstance(numbers, list) else [] if numbers is None else [numbers]
+    number_of = {name: int(name.split(".")[1]) for name in linear}
+    absent = [f"layers.{i}" for i in numbers if i not in number_of.values()]
+
+    def kind(name: str) -> str:
+        return re.sub(r"^layers\.\d+\.", "", name)
+
+    def ends_with(name: str, ends: list) -> bool:
         return f".{name}".endswith(tuple("." + str(end).removeprefix("model.") for end in ends))
 
-    if isinstance(said, list) and isinstance(excluded, list):
-        whole = {str(name).removeprefix("model.") for name in said}
-        absent += sorted(name for name in whole if re.match(r"layers\.\d+\.", name) and name not in linear)
-        names = [name for name in linear if listed(name, said) and not listed(name, excluded)]
+    if isinstance(named, list) and isinstance(excluded, list):
+        whole = {name for end in named if (name := str(end).removeprefix("model.")) != kind(name)}
+        absent += sorted(whole - set(linear))
+        names = [name for name in linear if ends_with(name, named) and not ends_with(name, excluded)]
     else:
-        whole, kinds = set(), {re.sub(r"layers\.\d+\.", "", name) for name in found}
-        names = [name for name in linear if re.sub(r"layers\.\d+\.", "", name) in kinds]
-    return [name for name in names if name in whole or not layers or number[name] in layers], absent
+        whole, kinds = set(), {kind(name) for name in found}
+        names = [name for name in linear if kind(name) in kinds]
+    return [name for name in names if name in whole or not numbers or number_of[name] in numbers], absent
 
 
 def load_adapter(decoder: Decoder, folder: str | Path) -> None:
@@ -393,8 +398,8 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     missing += absent + [name for name in expected if name not in targets]
     unexpected += sorted(targets - set(expected))
     problems = _problems(missing, unexpected, wrong) or ("" if state else "it is empty")
-    if missing and isinstance(config.get("target_modules"), str):
-        problems += " (target_modules is a pattern, which is not read; a list of names may leave layers out)"
+    if missing and any(isinstance(config.get(name), str) for name in ("target_modules", "exclude_modules")):
+        problems += " (target_modules or exclude_modules is a pattern, which is not read; a list of names may leave layers out)"
     if problems:
         base = config.get("base_model_name_or_path")
         raise ValueError(

@@ -215,16 +215,16 @@ def test_merged_equals_unmerged(run_folders):
 def test_a_run_keeps_all_that_was_trained_or_is_refused(run_folders, tmp_path):
     mntp, _, l2v = run_folders
     l2v.decoder.norm.requires_grad_()
-    with pytest.raises(ValueError, match=r"norm.weight is set free \(1 are\).*use save\(\)"):
+    with pytest.raises(ValueError, match=r"norm.weight is trainable \(1 of the base are\).*use save\(\)"):
         l2v.save_run(tmp_path / "new", "simcse")
     l2v.decoder.norm.requires_grad_(False)
-    merge_lora(l2v.decoder)
+    merge_lora(l2v)
     add_lora(l2v.decoder, r=2)
     with pytest.raises(ValueError, match="2 adapters are merged into the base, but the encoder was loaded with 1.*use save"):
         l2v.save_run(tmp_path / "new", "simcse")
     assert not (tmp_path / "new").exists()
     built = LLM2Vec(l2v.decoder, l2v.tokenizer, base_model="tiny")
-    with pytest.raises(ValueError, match="2 adapters are merged into the base, but the encoder was loaded with 0"):
+    with pytest.raises(ValueError, match="1 adapters are merged into the base, but the encoder was loaded with 0"):
         built.save_run(tmp_path / "new", "simcse")
     expected = l2v.encode(TEXTS)
     l2v.save(tmp_path / "new")

@@ -382,7 +382,7 @@ def test_an_adapter_on_some_layers(reference, tmp_path):
         (dict(target_modules=[*WHOLE_NAMES, "layers.1.mlp.down_proj"]), "missing: layers.1.mlp.down_proj$"),
         (dict(target_modules=WHOLE_NAMES[1:]), "unexpected: layers.0.mlp.down_proj"),
         (dict(target_modules=["down_proj", "q_proj"]), "missing: layers.0.self_attn.q_proj, layers.1.mlp.down_proj, layers.2"),
-        (dict(target_modules=".*proj"), "missing: layers.0.self_attn.q_proj, layers.1.mlp.*is a pattern, which is not read"),
+        (dict(target_modules=".*proj"), "missing: layers.0.self_attn.q_proj, layers.1.mlp.*a pattern, which is not read"),
         (dict(target_modules=[*WHOLE_NAMES, "layers.30.mlp.up_proj"]), "missing: layers.30.mlp.up_proj$"),
         (
             dict(target_modules=["down_proj", "q_proj"], layers_to_transform=2),

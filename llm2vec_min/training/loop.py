@@ -104,7 +104,7 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         return work
     if resume:
         before = read_json(work / ARGUMENTS)
-        # What its version had no setting for was at the default. The folder may have been moved, or be named by another way.
+        # A setting that its version did not have is taken for the default. The folder may have been moved, or be named by another way.
         before = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(Settings()).items()} | before
         if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
             found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
