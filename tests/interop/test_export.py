@@ -157,9 +157,9 @@ def test_nothing_half_written(tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="already exists"):
         export_model(l2v, tmp_path / "out")
     export_model(l2v, tmp_path / "out", overwrite=True)
-    add_lora(l2v.decoder, r=2)
-    (tmp_path / "run").mkdir()
-    l2v.save_run(tmp_path / "run", "simcse")
+    trained = LLM2Vec.from_pretrained(tmp_path / "base", device="cpu")
+    add_lora(trained.decoder, r=2)
+    trained.save_run(tmp_path / "run", "simcse")
     for precious in ("base", "run"):
         with pytest.raises(ValueError, match="exists and is no export"):
             export_model(l2v, tmp_path / precious, overwrite=True)
