@@ -323,23 +323,30 @@ def _adapted_layers(config: dict, linear: list[str], found: set[str]) -> tuple[l
     named, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     numbers = config.get("layers_to_transform")
     numbers = numbers if isinstance(numbers, list) else [] if numbers is None else [numbers]
-    number_of = {name: int(name.split(".")[1]) for name in linear}
-    absent = [f"layers.{i}" for i in numbers if i not in number_of.values()]
+    layer_of = {name: int(name.split(".")[1]) for name in linear}
+    all_layers = range(1 + max(layer_of.values()))
+    layers = [i for i in all_layers if not numbers or i in numbers]
+    absent = [f"layers.{i}" for i in numbers if i not in all_layers]
 
     def kind(name: str) -> str:
         return re.sub(r"^layers\.\d+\.", "", name)
 
-    def ends_with(name: str, ends: list) -> bool:
-        return f".{name}".endswith(tuple("." + str(end).removeprefix("model.") for end in ends))
+    def plain(names: list) -> set[str]:
+        return {str(name).removeprefix("model.") for name in names}
+
+    def ends_with(name: str, ends: set[str]) -> bool:
+        parts = name.split(".")
+        return any(".".join(parts[i:]) in ends for i in range(len(parts)))
 
     if isinstance(named, list) and isinstance(excluded, list):
-        whole = {name for end in named if (name := str(end).removeprefix("model.")) != kind(name)}
+        ends, without = plain(named), plain(excluded)
+        whole = {name for name in ends if name != kind(name)}
         absent += sorted(whole - set(linear))
-        names = [name for name in linear if ends_with(name, named) and not ends_with(name, excluded)]
+        names = [name for name in linear if ends_with(name, ends) and not ends_with(name, without)]
     else:
         whole, kinds = set(), {kind(name) for name in found}
         names = [name for name in linear if kind(name) in kinds]
-    return [name for name in names if name in whole or not numbers or number_of[name] in numbers], absent
+    return [name for name in names if name in whole or layer_of[name] in layers], absent
 
 
 def load_adapter(decoder: Decoder, folder: str | Path) -> None:
