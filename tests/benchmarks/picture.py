@@ -14,7 +14,7 @@ THEMES = {
     "light": dict(ink="#1f2328", soft="#59636e", line="#c9d1d9", fill="#e6eaef", bar="#8c959f", accent="#0969da"),
     "dark": dict(ink="#e6edf3", soft="#9198a1", line="#444c56", fill="#2a313a", bar="#6e7681", accent="#4493f8"),
 }
-WIDTH, HEIGHT, COLUMN, FULL = 880, 372, 220, 150  # FULL: height in pixels of a score of 75
+WIDTH, HEIGHT, COLUMN, FULL = 880, 388, 220, 150  # FULL: height in pixels of a score of 75
 TOP, BASE = 78, 330
 
 
@@ -61,7 +61,7 @@ def draw(theme: str) -> str:
         f'<path d="M0 0 L8 4 L0 8 z" fill="{c["accent"]}"/></marker></defs>',
     ]
     heads = ("A pretrained LLM", "1. Look both ways", "2. MNTP", "3. SimCSE")
-    below = ("each word sees the words before it", "drop the mask: all see all", "hide words, learn to name them",
+    below = ("a word sees those before it", "drop the mask: all see all", "hide words, learn to name them",
              "same text together, others apart")  # fmt: skip
     for x, head, line in zip(middle, heads, below, strict=True):
         out += [text(x, 26, head, c["ink"], 17, weight=600), text(x, 48, line, c["soft"], 12.5)]
@@ -82,15 +82,22 @@ def draw(theme: str) -> str:
     for dx, dy in ((34, -20), (66, 6), (26, 32)):
         out.append(f'<path d="M{x - 15} {y + 2} L{x + dx - 11} {y + dy}" stroke="{c["line"]}" stroke-width="1.6"/>')
 
-    names = ("causal", "bidirectional", "+ MNTP", "+ SimCSE")
+    names = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE")
+    places = (*middle[:3], middle[3] - 44, middle[3] + 44)
     out.append(f'<path d="M20 {BASE} H{WIDTH - 20}" stroke="{c["line"]}"/>')
-    for i, (x, name) in enumerate(zip(middle, names, strict=True)):
+    for x, name in zip(places, names, strict=True):
         height = FULL * score[name] / 75
-        color = c["accent"] if i == 3 else c["bar"]
-        out.append(f'<rect x="{x - 38}" y="{BASE - height:.1f}" width="76" height="{height:.1f}" rx="4" fill="{color}"/>')
+        style = f'fill="{c["bar"]}"'
+        if name == "+ SimCSE":
+            style = f'fill="{c["accent"]}"'
+            out.append(text(x, BASE + 19, "LLM2Vec", c["ink"], 12.5))
+        elif name == "causal + SimCSE":  # the control: what the third step does without the first two
+            style = f'fill="none" stroke="{c["bar"]}" stroke-dasharray="4 3"'
+            out.append(text(x, BASE + 19, "step 3 alone", c["soft"], 12.5))
+        out.append(f'<rect x="{x - 38:.0f}" y="{BASE - height:.1f}" width="76" height="{height:.1f}" rx="4" {style}/>')
         out.append(text(x, BASE - height - 9, f"{score[name]:.1f}", c["ink"], 17, weight=600))
-    out.append(text(WIDTH / 2, HEIGHT - 14, "Spearman x 100 on five sentence similarity sets (STS12 to 15, STS-B dev), SmolLM2-135M, "
-                    "no label seen in training", c["soft"], 12.5))  # fmt: skip
+    out.append(text(WIDTH / 2, HEIGHT - 12, "Spearman x 100 on five sentence similarity sets (STS12 to 15, STS-B dev), SmolLM2-135M, "
+                    "plain means, no label seen in training", c["soft"], 12.5))  # fmt: skip
     return "\n".join([*out, "</svg>", ""])
 
 
