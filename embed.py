@@ -15,6 +15,7 @@ from contextlib import nullcontext
 from pathlib import Path
 
 import numpy as np
+import torch
 from tqdm import tqdm
 
 from llm2vec_min.cli import add_model_flags, run
@@ -126,7 +127,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     output, chunk, file = Path(args.output), CHUNK * (args.batch_size or 128), Path(args.input).stat()
     if args.dim is not None and not 0 < args.dim <= l2v.width:
         raise ValueError(f"--dim is {args.dim}, expected a number from 1 to {l2v.width}")
-    l2v.tokenize(["word " * min(l2v.max_length, 2**16)], args.instruction)  # refuses an instruction without room beside it
+    l2v.tokenize(["a"], args.instruction)  # refuses an instruction that leaves no room for a text
     made_from = {name: value for name, value in vars(args).items() if name not in NOT_IN_THE_VECTORS}
     made_from |= {"shape": [count, args.dim or l2v.width], "chunk": chunk, "encoder": l2v.fingerprint()}
     made_from |= {"bytes": file.st_size, "modified": file.st_mtime}
@@ -184,6 +185,14 @@ def main(argv: list[str]) -> None:
     if args.input and Path(args.output).resolve() == Path(args.input).resolve():
         raise ValueError(f"--output {args.output}: is the --input too")
     device = start_process(args.device, patience=24)  # whoever is done waits for the last chunk of another
+    try:
+        embed(args, device)
+    finally:
+        stop_process()
+
+
+def embed(args: argparse.Namespace, device: torch.device) -> None:
+    """Loads the model; the file's vectors into the output, or the texts' table onto the screen."""
     if rank() == 0 and args.model == "tiny-llm2vec":
         print("the small encoder that ships, tiny-llm2vec; --model RUN takes yours\n")
     count = sum(1 for _ in iter_lines(args.input, keep_empty=True, report=True)) if args.input else 0
@@ -203,7 +212,6 @@ def main(argv: list[str]) -> None:
             embed_file(l2v, args, count)
     else:
         print_table(l2v, args)
-    stop_process()
 
 
 if __name__ == "__main__":

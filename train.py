@@ -41,6 +41,7 @@ from llm2vec_min.training.flags import build_parser, check, default_data, in_for
 from llm2vec_min.training.loop import (
     ARGUMENTS,
     Settings,
+    check_resumed,
     finish_output,
     has_checkpoint,
     identify,
@@ -60,8 +61,6 @@ FITTED = ("gradient_checkpointing", "micro_batch_size")  # the settings that are
 
 def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
     """Tokenizer and decoder from scratch; the result is a plain Hugging Face checkpoint in bfloat16."""
-    if args.eval:
-        read_pairs(args.eval)  # its mistakes now, not after the text has been tokenized
     train_lines, held_lines = read_split(args.data, every=1000)
     resume = args.resume and has_checkpoint(work)
     spare = TemporaryDirectory()  # for the tokenizer, until every check has passed and the run gets its folder
@@ -104,8 +103,6 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, argum
 
 def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
     """MNTP, SimCSE or supervised: base and earlier adapters merged, a fresh adapter trained and saved."""
-    if args.eval:
-        read_pairs(args.eval)  # its mistakes now, not after the model has loaded
     if args.stage == "mntp":
         train_lines, held_lines = read_split(args.data, every=20)
     elif args.stage == "simcse":
@@ -133,16 +130,17 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     l2v.keep_adapters(spare.name)
     arguments["encoder"] = l2v.fingerprint()
     if args.resume:  # by its content, the model must be the one it began with, too
-        plan_output(args.output, arguments, resume=True)
+        check_resumed(work, arguments)
     l2v.max_length = max(l2v.max_length, args.max_length)  # what it learns to read, it is to read in use
     torch.manual_seed(args.seed)
     add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
     l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         compile_layers(l2v.decoder)
-    counts = [sum(p.numel() for p in l2v.decoder.parameters() if p.requires_grad or not only) for only in (False, True)]
+    parameters = list(l2v.decoder.parameters())
+    total, trained = sum(p.numel() for p in parameters), sum(p.numel() for p in parameters if p.requires_grad)
     if rank() == 0:
-        print(f"{counts[0]:,} parameters in the decoder, {counts[1]:,} ({counts[1] / counts[0]:.2%}) trained")
+        print(f"{total:,} parameters in the decoder, {trained:,} ({trained / total:.2%}) trained")
     if args.shard:
         distributed.shard(l2v.decoder, device)
         if l2v.lm_head is not None:
@@ -232,8 +230,10 @@ def run_stage(
         print(in_force(args, parser))
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     arguments |= {"files": args.data} | identify(args.data + ([args.eval] if args.eval else []))
+    if args.eval:
+        read_pairs(args.eval)  # its mistakes now, not after text or model have been loaded
     if args.resume:  # the data's content, too
-        plan_output(args.output, arguments, resume=True)
+        check_resumed(work, arguments)
     try:
         (run_pretrain if args.stage == "pretrain" else run_adapter_stage)(args, settings, work, arguments, device)
     except RuntimeError as error:

@@ -49,7 +49,6 @@ class ModelConfig:
     attention_bias: bool = False  # on q, k, v (and, except in Qwen2, o)
     mlp_bias: bool = False
     tie_word_embeddings: bool = False
-    is_causal: bool = True  # False in an export or a run that was trained to look both ways
 
     def __post_init__(self):
         for name, kind in ((f.name, f.type) for f in fields(self)):
@@ -61,6 +60,7 @@ class ModelConfig:
                 raise ValueError(f"{name} is {short(value)}, expected a number above 0")
             elif kind == "bool" and type(value) is not bool:
                 raise ValueError(f"{name} is {short(value)}, expected true or false")
+            assert kind in ("int", "int | None", "float", "bool", "str", "dict"), f"{name}: no check for a field of type {kind}"
         if self.head_dim % 2:
             raise ValueError(f"head_dim is {self.head_dim}, expected an even number: rotary embeddings turn pairs")
         rope = self.rope_scaling
@@ -182,10 +182,12 @@ PAPER = {
     ),
 }  # fmt: skip
 # So that each fits into 24 GB (`--dry-run`). What is trained is the same.
-SMALL = (dict(micro_batch_size=8), dict(gradient_checkpointing=True), dict(micro_batch_size=8))  # 1-2B; stages 1, 2, 3
-_BIG, _CONTRASTIVE = (dict(gradient_checkpointing=True, micro_batch_size=size) for size in (8, 32))
-BIG = (_BIG, _CONTRASTIVE, _BIG)  # 3-8B
-MISTRAL = (_BIG | dict(mask_probability=0.8, mask_style="all"), _CONTRASTIVE, _BIG)
+_EIGHT, _CHECKPOINTS = dict(micro_batch_size=8), dict(gradient_checkpointing=True)
+SMALL = dict(mntp=_EIGHT, simcse=_CHECKPOINTS, supervised=_EIGHT)  # 1-2B
+BIG = dict(
+    mntp=_CHECKPOINTS | _EIGHT, simcse=_CHECKPOINTS | dict(micro_batch_size=32), supervised=_CHECKPOINTS | _EIGHT
+)  # 3-8B
+MISTRAL = BIG | dict(mntp=BIG["mntp"] | dict(mask_probability=0.8, mask_style="all"))
 CHAT = ("[INST] ", " [/INST]")
 LLAMA_3_CHAT = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
 PRESETS = {
@@ -201,16 +203,16 @@ PRESETS = {
         simcse=dict(steps=200, batch_size=32, max_length=32, lr=3e-4, warmup_steps=10),
         supervised=dict(steps=200, batch_size=32, max_length=64, lr=2e-4, warmup_steps=20, micro_batch_size=32),
     ),
-    "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B", *SMALL),
-    "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", *BIG, CHAT),
-    "mistral-7b": Preset("mistralai/Mistral-7B-Instruct-v0.2", *MISTRAL, CHAT),
-    "llama-3-8b": Preset("meta-llama/Meta-Llama-3-8B-Instruct", *BIG, LLAMA_3_CHAT),
-    "llama-3.1-8b": Preset("meta-llama/Llama-3.1-8B-Instruct", *BIG, LLAMA_3_CHAT),
-    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B", *SMALL),
-    "llama-3.2-3b": Preset("meta-llama/Llama-3.2-3B", *BIG),
-    "qwen2-1.5b": Preset("Qwen/Qwen2-1.5B", *SMALL),
-    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", *SMALL),
-    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B", *BIG),
+    "sheared-llama-1.3b": Preset("princeton-nlp/Sheared-LLaMA-1.3B", **SMALL),
+    "llama-2-7b": Preset("meta-llama/Llama-2-7b-chat-hf", **BIG, template=CHAT),
+    "mistral-7b": Preset("mistralai/Mistral-7B-Instruct-v0.2", **MISTRAL, template=CHAT),
+    "llama-3-8b": Preset("meta-llama/Meta-Llama-3-8B-Instruct", **BIG, template=LLAMA_3_CHAT),
+    "llama-3.1-8b": Preset("meta-llama/Llama-3.1-8B-Instruct", **BIG, template=LLAMA_3_CHAT),
+    "llama-3.2-1b": Preset("meta-llama/Llama-3.2-1B", **SMALL),
+    "llama-3.2-3b": Preset("meta-llama/Llama-3.2-3B", **BIG),
+    "qwen2-1.5b": Preset("Qwen/Qwen2-1.5B", **SMALL),
+    "qwen2.5-0.5b": Preset("Qwen/Qwen2.5-0.5B", **SMALL),
+    "qwen2.5-7b": Preset("Qwen/Qwen2.5-7B", **BIG),
 }
 
 # What `train.py` makes of `tiny` at its defaults, seed 0: an adapter of each stage, and of the two shortcuts.

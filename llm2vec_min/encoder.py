@@ -25,15 +25,24 @@ from .lora import merge_lora
 from .model import Decoder
 from .pooling import POOLING_MODES, pool
 from .tokenizer import Encoded, Tokenizer
-from .weights import ADAPTER, ADAPTER_CONFIG, load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
+from .weights import (
+    ADAPTER,
+    ADAPTER_CONFIG,
+    adapter_of,
+    load_adapter,
+    load_decoder,
+    load_language_model,
+    save_adapter,
+    save_checkpoint,
+)
 
-MAX_TOKENS = (16384, 1024)  # per forward pass in `encode`: enough to fill a GPU, a CPU
+MAX_TOKENS, MAX_TOKENS_CPU = 16384, 1024  # per forward pass in `encode`: enough to fill a GPU, a CPU
 LLM2VEC_CONFIG = "llm2vec_config.json"
 _mode_lock = threading.Lock()  # of the module, because a model with a lock in it cannot be copied
 
 
-# The authors' llm2vec_config.json has the same fields. What they call last_token is `last`; their other two are no pooling of
-# this project (eos_token reads an end token that they append to the text, bos_token the token before it): another must be said.
+# The authors' llm2vec_config.json has the same fields. What they call last_token is `last`; eos_token and bos_token pool a
+# special token, which this project never does: such a checkpoint needs `pooling` said.
 POOLING_ALIASES = {"last_token": "last"}
 THEIR_POOLINGS = ("eos_token", "bos_token")
 
@@ -89,7 +98,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
     preset, local = find_preset(name), Path(expanduser(name)).is_dir() and str(name) not in PRESETS
     # A folder that is no bare adapter, or says itself what it stands on, is not the preset's last adapter.
-    says = local and {"adapters", "base_model_name_or_path", "preset"} & read_settings(Path(expanduser(name))).keys()
+    says = local and set(LINEAGE) & read_settings(Path(expanduser(name))).keys()
     bare = not local or (Path(expanduser(name), ADAPTER_CONFIG).is_file() and not says)
     if preset is not None and preset.adapters and bare:
         base, chain, settings = find_chain(preset.model, (*above, str(name)))
@@ -239,9 +248,14 @@ class LLM2Vec(nn.Module):
         """Numbers in a vector."""
         return self.decoder.config.hidden_size
 
+    @property
+    def max_tokens(self) -> int:
+        """Tokens that fill this encoder's device, per forward pass without gradients."""
+        return MAX_TOKENS_CPU if self.device.type == "cpu" else MAX_TOKENS
+
     # ---- text to vectors ----
 
-    def tokenize(self, texts: list, instruction: str | None = None, max_length: int | None = None) -> list:
+    def tokenize(self, texts: list, instruction: str | None = None, max_length: int | None = None) -> list[Encoded]:
         """Ids and pooled positions of each text; an item may also be an [instruction, text] pair of its own."""
         if isinstance(texts, (str, bytes, dict)):
             raise ValueError(f"expected a list of texts, found a {type(texts).__name__}: {short(texts)}")
@@ -264,7 +278,7 @@ class LLM2Vec(nn.Module):
             suffix=suffix,
         )
 
-    def states(self, encoded: list) -> tuple[Tensor, Tensor]:
+    def states(self, encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
         """Hidden states (B, T, C) of one left-padded batch, and which of them belong to the text, (B, T) bool."""
         batch = self.tokenizer.collate(encoded, self.device)
         return self.decoder(batch.input_ids, batch.padding_mask, causal=self.causal), batch.pool_mask
@@ -297,7 +311,7 @@ class LLM2Vec(nn.Module):
                 are sorted by length, so that little is padded.
             pooling: another than the model's own; None gives the states of each text's own tokens instead.
             normalize: scale each vector to length 1.
-            dim: only the first numbers of each vector, as many; for a model that was trained with `--matryoshka`.
+            dim: keep only the first `dim` numbers of each vector; for a model that was trained with `--matryoshka`.
         Returns:
             (N, C) float32, or (N, dim); (C,) for one text, a list of (T_i, C) for pooling=None. A vector does not depend on the
             batch it was in, up to rounding: less than 3e-5 of its length in float32; in bfloat16 about 0.01 after contrastive
@@ -318,7 +332,7 @@ class LLM2Vec(nn.Module):
         lengths = [len(row.ids) for row in encoded]
         batches = []  # (indices, their vectors, on the way to the host)
         with self._without_dropout(), tqdm(total=len(encoded), desc="encoding", unit="text", disable=not show_progress) as bar:
-            for rows in sorted_batches(lengths, batch_size or len(encoded), MAX_TOKENS[self.device.type == "cpu"]):
+            for rows in sorted_batches(lengths, batch_size or len(encoded), self.max_tokens):
                 hidden, pool_mask = self.states([encoded[i] for i in rows])
                 vectors = (hidden.float() if mode is None else pool(hidden, pool_mask, mode))[..., :dim]
                 if normalize:
@@ -347,7 +361,8 @@ class LLM2Vec(nn.Module):
         samples = []
         for name, weight in self.decoder.state_dict().items():
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
-            samples.append(weight.flatten()[:: max(1, weight.numel() // 256)][:256].float())
+            step = max(1, weight.numel() // 256) | 1  # odd, or a matrix of 2^n columns would give the same few of them
+            samples.append(weight.flatten()[::step][:256].float())
         digest.update(torch.cat(samples).cpu().numpy().tobytes())
         return digest.hexdigest()[:16]
 
@@ -419,22 +434,25 @@ class LLM2Vec(nn.Module):
         }
 
     def keep_adapters(self, folder: str | Path) -> None:
-        """Copies the files of the adapters that were merged, as they are now: theirs may be replaced while this one trains.
+        """Copies the files of the adapters that were merged, as they are now, into a folder of their own, and takes them from
+        there from now on: the originals may be replaced while a new one trains.
 
         Raises:
             ValueError: one has gone since it was loaded.
         """
-        for number, adapter in enumerate(self.adapters):
-            target = Path(folder, str(number))
-            target.mkdir(parents=True, exist_ok=True)
-            for file in (ADAPTER, ADAPTER_CONFIG, "train_args.json"):
-                if not (adapter / file).is_file():
-                    if file == "train_args.json":  # an adapter of others comes without its arguments
-                        continue
-                    raise ValueError(f"{adapter / file}: has gone since it was loaded")
-                shutil.copyfile(adapter / file, target / (file + ".part"))
-                put(target / (file + ".part"), target / file)
-            self.adapters[number] = target
+        if not self.adapters:
+            return
+        with new_folder(folder) as copies:  # whole, then in place: an original may lie in the very folder that is replaced
+            for number, adapter in enumerate(self.adapters):
+                (copies / str(number)).mkdir()
+                for file in (ADAPTER, ADAPTER_CONFIG, "train_args.json"):
+                    copy = copies / str(number) / file
+                    if (adapter / file).is_file():
+                        shutil.copyfile(adapter / file, copy.with_name(file + ".part"))
+                        put(copy.with_name(file + ".part"), copy)
+                    elif file != "train_args.json":  # an adapter of others comes without its arguments
+                        raise ValueError(f"{adapter / file}: has gone since it was loaded")
+        self.adapters = [Path(folder, str(number)) for number in range(len(self.adapters))]
 
     def save_run(self, output: str | Path, stage: str) -> None:
         """Writes a stage's result: all but the base weights, so that the folder can be moved and loaded by its name.
@@ -444,7 +462,7 @@ class LLM2Vec(nn.Module):
         Raises:
             ValueError: there is no adapter, weights of the base are trainable, or an adapter was merged since it was loaded.
         """
-        output, merges = Path(output), sum(getattr(module, "merges", 0) for module in (self, self.decoder))
+        output, merges = Path(output), sum(getattr(module, "merges", 0) for module in self.modules())
         trained = [name for name, p in self.decoder.named_parameters() if p.requires_grad and ".lora_" not in name]
         if merges != len(self.adapters):
             raise ValueError(
@@ -455,9 +473,10 @@ class LLM2Vec(nn.Module):
             raise ValueError(
                 f"{trained[0]} is trainable ({len(trained)} of the base are), and a run keeps its adapter only: use save()"
             )
+        adapter = adapter_of(self.decoder, self.base_model)
         output.mkdir(parents=True, exist_ok=True)
-        save_adapter(self.decoder, output, self.base_model)
-        self.keep_adapters(output / "adapters")
+        self.keep_adapters(output / "adapters")  # before the new one is written: the last of them may lie in its place
+        save_adapter(output, *adapter)
         names = [f"adapters/{number}" for number in range(len(self.adapters))]
         self.tokenizer.save(output)
         write_json(

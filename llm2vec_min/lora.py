@@ -84,7 +84,7 @@ def add_lora(
     if adapted := [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
         raise ValueError(f"{adapted[0]} has an adapter already; merge it first")
     model.requires_grad_(False)
-    targets = set(targets)
+    targets = {targets} if isinstance(targets, str) else set(targets)
     chosen, used = [], set()
     for name, module in model.named_modules():
         hits = targets & {name, name.rpartition(".")[2]}
@@ -100,7 +100,7 @@ def add_lora(
 
 def merge_lora(model: nn.Module) -> None:
     """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model. `model.merges`
-    counts how often, since a base that was merged into is no longer the one of its name."""
+    counts these calls: `save_run` refuses a base that no longer is the checkpoint it names."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     with torch.no_grad():
         for name in names:  # names, because a list of the modules would keep each unmerged weight to the end

@@ -29,11 +29,16 @@ CAN_COMPILE = find_spec("triton") is not None and any(map(shutil.which, ("cc", "
 
 def fused(function: Callable) -> Callable:
     """A chain of element-wise operations as one kernel on CUDA, where each alone waits for memory; elsewhere as written."""
-    compiled = torch.compile(function, dynamic=True)
+    compiled = None
 
     @functools.wraps(function)
     def run(x: Tensor, *others: Tensor) -> Tensor:
-        return (compiled if x.is_cuda and CAN_COMPILE else function)(x, *others)
+        nonlocal compiled
+        if not (x.is_cuda and CAN_COMPILE) or torch.compiler.is_compiling():  # --compile fuses more than this chain
+            return function(x, *others)
+        if compiled is None:  # on first use: to import the compiler takes seconds
+            compiled = torch.compile(function, dynamic=True)
+        return compiled(x, *others)
 
     return run
 
@@ -197,14 +202,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, real: Tensor | None = None
     ) -> Tensor:
-        """(B, T, C) in, the same out. With `real` (N, C): the real tokens alone, padded here, where rows meet, and nowhere
-        else; `real` says which of the B x T positions they are."""
+        """(B, T, C) in, the same out. With `real`, which says at which of the B x T positions they stand, (N, C) of the real
+        tokens alone: these are put back into padded rows for attention only, where the tokens of a row meet."""
         q = self.q_proj(x).unflatten(-1, (self.H, self.D))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
         v = self.v_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
         rope = [table.unsqueeze(-2) for table in rope]  # the same for all heads; rotated before the heads move apart in memory
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if real is not None:
+        if real is not None:  # where there is padding there is a mask, (B, 1, 1 or T, T)
             q, k, v = (pad(x, real, mask.shape[0], mask.shape[-1]) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         y = attend(q, k, v, mask, causal, self.dropout, self.training)  # (B, H, T, D)
@@ -275,7 +280,7 @@ class Decoder(nn.Module):
         Returns:
             (B, T, C), zeros at padding; with all_layers a list of num_hidden_layers + 1 such tensors, embeddings first.
             Rotary positions are relative, so the states of real tokens depend neither on the side of the padding
-            nor on its amount.
+            nor on its amount, up to rounding (of the rotary tables, too: about 1 % in bfloat16).
         Raises:
             ValueError: a row without a real token.
         """

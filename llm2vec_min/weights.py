@@ -274,8 +274,8 @@ def save_checkpoint(model: nn.Module, folder: str | Path, dtype: torch.dtype, ma
 # ---- Adapters, in PEFT's format ----
 
 
-def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
-    """Writes the decoder's LoRA weights as `PeftModel.from_pretrained(AutoModel, folder)` reads them.
+def adapter_of(decoder: Decoder, base_model: str) -> tuple[dict, dict[str, Tensor]]:
+    """The decoder's LoRA weights as `PeftModel.from_pretrained(AutoModel, folder)` reads them: config and tensors.
 
     Raises:
         ValueError: no adapter, or layers whose rank, alpha or dropout differ.
@@ -309,9 +309,13 @@ def save_adapter(decoder: Decoder, folder: str | Path, base_model: str) -> None:
     for name, module in layers.items():
         for child in ("lora_A", "lora_B"):
             tensors[f"base_model.model.{name}.{child}.weight"] = getattr(module, child).weight.detach().cpu().contiguous()
-    folder = Path(folder)
-    write_tensors(folder / ADAPTER, tensors)
-    write_json(folder / ADAPTER_CONFIG, config)
+    return config, tensors
+
+
+def save_adapter(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -> None:
+    """Writes what `adapter_of` returned into a folder."""
+    write_tensors(Path(folder) / ADAPTER, tensors)
+    write_json(Path(folder) / ADAPTER_CONFIG, config)
 
 
 def _adapted_layers(config: dict, linear: list[str], found: set[str]) -> tuple[list[str], list[str]]:

@@ -239,10 +239,37 @@ def test_a_run_that_was_refused_can_be_saved_again(run_folders, tmp_path):
     l2v.decoder.layers[0].mlp.up_proj.alpha = 1.0
     with pytest.raises(ValueError, match="differ in"):
         l2v.save_run(tmp_path / "new", "simcse")
-    shutil.rmtree(tmp_path / "new")
+    assert not (tmp_path / "new").exists()
     l2v.decoder.layers[0].mlp.up_proj.alpha = 32.0
     l2v.save_run(tmp_path / "new", "simcse")
     assert l2v.adapters == [tmp_path / "new" / "adapters" / "0"]
+
+
+def test_a_run_saved_over_one_that_it_stands_on(run_folders, tmp_path):
+    """Into the folder it came from, and, with an earlier adapter put below, into one whose copies would trade places."""
+    mntp, simcse, _ = run_folders
+    for name in ("own", "below"):
+        shutil.copytree(mntp, tmp_path / name)
+    base = LLM2Vec.from_pretrained(mntp, device="cpu").base_model
+    for folder, model, adapters in (
+        (tmp_path / "own", tmp_path / "own", []),
+        (simcse, base, [tmp_path / "below", simcse / "adapters" / "0", simcse]),
+    ):
+        l2v = LLM2Vec.from_pretrained(model, adapters=adapters, device="cpu")
+        add_lora(l2v.decoder, r=3)
+        randomize(l2v.decoder, seed=5)
+        l2v.save_run(folder, "simcse")
+        loaded = LLM2Vec.from_pretrained(folder, device="cpu")
+        assert len(loaded.adapters) == len(l2v.adapters) + 1
+        np.testing.assert_allclose(loaded.encode(TEXTS), l2v.encode(TEXTS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_with_an_adapter_merged_in_part(run_folders, tmp_path):
+    l2v = LLM2Vec.from_pretrained(run_folders[0], device="cpu")
+    add_lora(l2v.decoder, r=2)
+    merge_lora(l2v.decoder.layers[0])
+    with pytest.raises(ValueError, match="2 adapters are merged into the base"):
+        l2v.save_run(tmp_path / "new", "simcse")
 
 
 def test_a_runs_tokenizer_that_leads_nowhere(run_folders):
@@ -324,6 +351,16 @@ def test_fingerprint(run_folders, model_folder, tmp_path):
     assert len({*same, *others, templated.fingerprint(), retrained.fingerprint(), turned.fingerprint()}) == len(others) + 4
 
 
+@pytest.mark.parametrize("columns", [slice(1, None), slice(0, 1)])
+def test_fingerprint_reads_more_than_one_column(columns):
+    """Of a matrix of 2^n columns, too."""
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
+    before = l2v.fingerprint()
+    with torch.no_grad():
+        l2v.decoder.embed_tokens.weight[:, columns] += 1
+    assert l2v.fingerprint() != before
+
+
 def test_tokenized_before(l2v):
     """`embed.py` tokenizes one chunk while another is computed."""
     encoded = l2v.tokenize(TEXTS, "Find:")
@@ -338,7 +375,7 @@ def test_tokenized_before(l2v):
 def test_batches_are_cut_by_tokens(l2v, monkeypatch):
     """Without `batch_size` as many texts as fill the device; with it never more than that."""
     passes = []
-    monkeypatch.setattr("llm2vec_min.encoder.MAX_TOKENS", (0, 60))
+    monkeypatch.setattr("llm2vec_min.encoder.MAX_TOKENS_CPU", 60)
     l2v.decoder.register_forward_pre_hook(lambda module, inputs: passes.append(tuple(inputs[0].shape)))
     texts = ["a cat"] * 50 + ["a cat " * 40]
     l2v.encode(texts)

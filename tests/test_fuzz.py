@@ -20,7 +20,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.data import iter_lines, read_pairs
 from llm2vec_min.files import read_json
 from llm2vec_min.lora import add_lora
-from llm2vec_min.weights import load_adapter, load_decoder, save_adapter
+from llm2vec_min.weights import adapter_of, load_adapter, load_decoder, save_adapter
 
 pytestmark = pytest.mark.fuzz
 SECONDS = float(os.environ.get("FUZZ_SECONDS", 10))  # for each target
@@ -149,7 +149,7 @@ def test_adapter_files(model_folder, tmp_path, file):
     decoder = load_decoder(model_folder)
     add_lora(decoder, r=2)
     (tmp_path / "adapter").mkdir()
-    save_adapter(decoder, tmp_path / "adapter", "base")
+    save_adapter(tmp_path / "adapter", *adapter_of(decoder, "base"))
     for seed, rng, folder in rounds(tmp_path, tmp_path / "adapter"):
         damage(rng, folder / file)
         try:

@@ -102,6 +102,12 @@ def test_nothing_newer_than_python_3_10():
     assert done.returncode == 0, done.stdout
 
 
+def test_the_package_is_quick_to_import():
+    """torch's compiler takes seconds to import, and only some need it."""
+    code = "import sys, llm2vec_min; print([name for name in sys.modules if name.startswith(('torch._dynamo', 'torch._inductor'))])"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "[]\n"
+
+
 def test_embed_needs_nothing_of_training():
     assert not [name for name, _ in imports(FILES["embed"].read_text(), "embed") if place(name) == "training"]
 

@@ -80,6 +80,7 @@ def test_bad_targets(decoder):
         add_lora(decoder, targets=["q_proj", "c_attn"])
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(decoder, r=0)
+    assert add_lora(decoder, r=2, targets="q_proj") == [f"layers.{i}.self_attn.q_proj" for i in range(3)]
 
 
 def test_merging_lets_each_unmerged_weight_go_at_once(decoder, monkeypatch):

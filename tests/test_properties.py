@@ -17,7 +17,7 @@ from llm2vec_min.model import attention_mask
 from llm2vec_min.pooling import POOLING_MODES, pool
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training.mntp import mask_tokens
-from llm2vec_min.weights import load_adapter, load_decoder, save_adapter
+from llm2vec_min.weights import adapter_of, load_adapter, load_decoder, save_adapter
 
 settings.register_profile("here", deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
 settings.load_profile("here")
@@ -233,7 +233,7 @@ def test_adapters_come_back_as_they_were(model_folder, tmp_path_factory, r, alph
     for name, parameter in decoder.named_parameters():
         if ".lora_" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator)
-    save_adapter(decoder, folder, "the base")
+    save_adapter(folder, *adapter_of(decoder, "the base"))
     again = load_decoder(model_folder)
     load_adapter(again, folder)
     assert decoder.state_dict().keys() == again.state_dict().keys()

@@ -19,7 +19,7 @@ from conftest import VARIANTS, make_reference, random_batch, run_reference
 from llm2vec_min.config import ModelConfig
 from llm2vec_min.files import locked, new_folder
 from llm2vec_min.lora import LoRALinear, add_lora, merge_lora
-from llm2vec_min.weights import load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
+from llm2vec_min.weights import adapter_of, load_adapter, load_decoder, load_language_model, save_adapter, save_checkpoint
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
@@ -168,7 +168,7 @@ def test_an_adapter_that_is_not_finite_or_lacks_what_it_says_it_has(reference, t
 
     decoder = load_decoder(reference("llama")[1])
     add_lora(decoder, r=2)
-    save_adapter(decoder, tmp_path, "some/base")
+    save_adapter(tmp_path, *adapter_of(decoder, "some/base"))
     load()
     file = tmp_path / "adapter_model.safetensors"
     whole = safetensors.torch.load_file(file)
@@ -256,7 +256,7 @@ def test_others_may_read_what_is_saved(reference, tmp_path):
     add_lora(decoder, r=2)
     with new_folder(tmp_path / "new") as folder:
         save_checkpoint(decoder, folder, torch.float32)
-        save_adapter(decoder, folder, "some/base")
+        save_adapter(folder, *adapter_of(decoder, "some/base"))
     mask = os.umask(0)
     os.umask(mask)
     modes = {path.name: stat.S_IMODE(path.stat().st_mode) for path in (folder.parent / "new").iterdir()}
@@ -322,7 +322,7 @@ def test_our_adapter_there_with_gradients(reference, tmp_path):
     mine = load_decoder(folder)
     add_lora(mine, r=4, alpha=12, dropout=0.0, targets=LORA["target_modules"])
     randomize(mine)
-    save_adapter(mine, tmp_path, "some/base")
+    save_adapter(tmp_path, *adapter_of(mine, "some/base"))
     theirs = peft.PeftModel.from_pretrained(copy.deepcopy(model.model), tmp_path, is_trainable=True)
     assert theirs.peft_config["default"].base_model_name_or_path == "some/base"
     ids, mask = random_batch(padding="left")
@@ -353,7 +353,7 @@ def test_an_adapter_on_some_layers(reference, tmp_path):
     (tmp_path / "ours").mkdir()
     add_lora(ours, r=2, targets=WHOLE_NAMES)
     randomize(ours)
-    save_adapter(ours, tmp_path / "ours", "some/base")
+    save_adapter(tmp_path / "ours", *adapter_of(ours, "some/base"))
     load_adapter(again, tmp_path / "ours")
     ids, _ = random_batch()
     torch.testing.assert_close(again(ids, causal=False), ours(ids, causal=False))
@@ -394,7 +394,7 @@ def test_an_adapter_on_some_layers(reference, tmp_path):
 def test_an_adapter_on_other_layers_than_it_lists(reference, tmp_path, change, message):
     mine = load_decoder(reference("llama")[1])
     add_lora(mine, r=2, targets=WHOLE_NAMES)
-    save_adapter(mine, tmp_path, "x")
+    save_adapter(tmp_path, *adapter_of(mine, "x"))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
@@ -431,7 +431,7 @@ def test_an_adapter_with_two_recipes_is_not_saved(reference, tmp_path, change):
     add_lora(mine, r=2)
     mine.layers[1].mlp.up_proj = LoRALinear(mine.layers[1].mlp.up_proj, **(dict(r=2, alpha=32.0, dropout=0.05) | change))
     with pytest.raises(ValueError, match="differ in"):
-        save_adapter(mine, tmp_path, "x")
+        save_adapter(tmp_path, *adapter_of(mine, "x"))
 
 
 def test_merge_is_done_in_float32(reference):
@@ -501,7 +501,7 @@ def test_adapter_for_another_model(reference, tmp_path, change, message):
 def test_unsupported_adapter(reference, tmp_path, change, message):
     mine = load_decoder(reference("llama")[1])
     add_lora(mine, r=4)
-    save_adapter(mine, tmp_path, "x")
+    save_adapter(tmp_path, *adapter_of(mine, "x"))
     config = json.loads((tmp_path / "adapter_config.json").read_text())
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):

@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from ..data import numbered_lines
-from ..encoder import MAX_TOKENS, LLM2Vec, sorted_batches
+from ..encoder import LLM2Vec, sorted_batches
 from ..tokenizer import Encoded
 from .metrics import span_counts
 from .sentences import Score, logistic_regression, sample, two_files
@@ -95,7 +95,7 @@ def word_states(l2v: LLM2Vec, sentences: list[list[str]], layers: list[int], bat
     states = {(layer, left): torch.zeros(first, l2v.decoder.config.hidden_size) for layer in layers for left in (False, True)}
     counts = torch.zeros(first, 1)
     lengths = [len(row.ids) for row in encoded]
-    for rows in sorted_batches(lengths, batch_size, MAX_TOKENS[l2v.device.type == "cpu"]):
+    for rows in sorted_batches(lengths, batch_size, l2v.max_tokens):
         batch = l2v.tokenizer.collate([encoded[i] for i in rows], l2v.device)
         hidden = l2v.decoder(batch.input_ids, batch.padding_mask, causal=l2v.causal, all_layers=True)
         pad = [batch.input_ids.shape[1] - lengths[i] for i in rows]

@@ -214,7 +214,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         and not default_data(args.stage, find_preset(args.preset or args.model))
     ):
         raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
-    args.output = expanduser(args.output)
+    args.output = str(Path(expanduser(args.output)))  # `runs/mntp/` is `runs/mntp`
     if Path(args.output).is_symlink():  # the folder that it leads to is what is written and replaced
         args.output = str(Path(args.output).resolve())
     if not Path(args.output).name:

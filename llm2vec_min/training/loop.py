@@ -103,17 +103,24 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
             raise ValueError(f"--output {work}: holds files, but not a run")
         return work
     if resume:
-        before = read_json(work / ARGUMENTS)
-        # A setting that its version did not have is taken for the default. The folder may have been moved, or be named by another way.
-        before = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(Settings()).items()} | before
-        if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
-            found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
-            raise ValueError(f"--resume: {work} was started with other arguments: {found}")
+        check_resumed(work, arguments)
         return work
     if not overwrite:
         state = "a run" if is_finished(output) else "an unfinished run; --resume continues it"
         raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
     return beside
+
+
+def check_resumed(work: Path, arguments: dict) -> None:
+    """ValueError if there is a run in `work` that was started with other arguments."""
+    if not is_run(work):
+        return
+    # a setting that its version did not have is taken for the default
+    before = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(Settings()).items()} | read_json(work / ARGUMENTS)
+    # the folder itself may have been moved, or be given by another path
+    if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
+        found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
+        raise ValueError(f"--resume: {work} was started with other arguments: {found}")
 
 
 def is_run(folder: Path) -> bool:

@@ -164,9 +164,13 @@ def train_mntp(
         l2v: loaded with lm_head=True, with a fresh adapter (`add_lora`).
         train_blocks, held_out: (N, T) and (M, T) ids, from `pack_blocks`.
         evaluate: more numbers to report with the held-out loss and accuracy.
+    Raises:
+        ValueError: a causal encoder, or one without its output head.
     """
     if l2v.causal:
         raise ValueError("MNTP trains a bidirectional encoder, found causal=True")
+    if l2v.lm_head is None:
+        raise ValueError("MNTP needs the output head: LLM2Vec.from_pretrained(..., lm_head=True)")
 
     def report() -> dict:
         return held_out_score(l2v, held_out, settings) | (evaluate() if evaluate else {})

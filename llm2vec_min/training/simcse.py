@@ -19,6 +19,7 @@ from ..device import rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..model import set_attention_dropout
 from ..pooling import pool
+from ..tokenizer import Encoded
 from . import distributed
 from .loop import Loop, Settings
 
@@ -45,7 +46,7 @@ def different(kind: np.ndarray) -> np.ndarray:
     return (kind[:, None] != kind) | np.eye(len(kind), dtype=bool)
 
 
-def embed_twins(l2v: LLM2Vec, encoded: list) -> tuple[Tensor, Tensor]:
+def embed_twins(l2v: LLM2Vec, encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
     """Two embeddings (B, C) of each sentence, from one forward pass over the doubled batch: every row draws its own
     dropout. Pools the same tokens as inference does."""
     hidden, pool_mask = l2v.states(encoded + encoded)  # (2B, T, C), (2B, T)
@@ -93,7 +94,7 @@ def explain(l2v: LLM2Vec, sentences: list[str], max_length: int) -> str:
     return f"A: {sentences[0]}\nB: {sentences[1]}\ncosine of A and B {a @ b:.3f}, of A and its twin {twins:.3f}"
 
 
-def tokenize(l2v: LLM2Vec, sentences: list[str], max_length: int) -> list:
+def tokenize(l2v: LLM2Vec, sentences: list[str], max_length: int) -> list[Encoded]:
     """Ids and pooled positions; no instruction, no template."""
     return l2v.tokenizer.encode(sentences, max_length=max_length)
 
@@ -113,7 +114,13 @@ def train_simcse(
         l2v: with a fresh adapter (`add_lora`), earlier ones merged; causal or not.
         settings: `attention_dropout` and `lora_dropout` make the twins differ. The other sentences of the whole batch are
             the negatives, in however many micro-batches and processes it is computed.
+    Raises:
+        ValueError: fewer than two sentences, in all or in a batch.
     """
+    if min(len(sentences), settings.batch_size) < 2:
+        raise ValueError(
+            f"{len(sentences)} sentences in batches of {settings.batch_size}: the negatives are the other sentences, it takes two"
+        )
     needed = settings.steps * settings.batch_size
     if len(sentences) > needed:  # do not tokenize a million sentences to use some
         chosen = np.random.default_rng(settings.seed).permutation(len(sentences))[:needed]

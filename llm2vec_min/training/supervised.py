@@ -145,8 +145,8 @@ def train_supervised(
         )
     triplets = [triplet for data in sets for triplet in data.triplets]
     order = draw(sets, settings)
-    long = "word " * settings.max_length
-    l2v.tokenize([(instruction, long) for instruction in {t.instruction for t in triplets}], max_length=settings.max_length)
+    # refuses an instruction that leaves no room for a text
+    l2v.tokenize([(instruction, "a") for instruction in {t.instruction for t in triplets}], max_length=settings.max_length)
     if settings.filter_negatives:
         drawn = np.unique(np.concatenate(order))
         before = [triplets[i] for i in drawn]

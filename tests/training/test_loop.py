@@ -123,6 +123,20 @@ def test_mntp_refuses_causal(model_folder):
         train_mntp(l2v, np.zeros((4, 4), int), np.zeros((4, 4), int), Settings())
 
 
+def test_mntp_without_its_head(model_folder, tmp_path):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    with pytest.raises(ValueError, match="needs the output head.*lm_head=True"):
+        train_mntp(l2v, np.zeros((4, 4), int), np.zeros((4, 4), int), Settings(), tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+
+
+@pytest.mark.parametrize(("sentences", "batch_size"), [(["one"], 2), (["one", "two", "three"], 1)])
+def test_simcse_without_negatives(model_folder, sentences, batch_size):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    with pytest.raises(ValueError, match=f"{len(sentences)} sentences in batches of {batch_size}: .* it takes two"):
+        train_simcse(l2v, sentences, Settings(batch_size=batch_size), quiet=True)
+
+
 def test_schedule():
     s = Settings(steps=10, lr=1.0)
     assert [round(get_lr(i, s), 6) for i in (0, 5, 9)] == [1.0, 0.5, 0.1]

@@ -17,7 +17,7 @@ WHOLE = ["--gradient-checkpointing", "--micro-batch-size", "2"]  # GradCache in 
 MAY_WAIT = {
     "LLM2Vec.fingerprint",
     "held_out_score",
-    "save_adapter",
+    "adapter_of",
     "Loop._save_checkpoint",
     "Loop.update",
     "not_finite",

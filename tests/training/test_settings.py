@@ -13,9 +13,9 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.lora import LoRALinear, add_lora
-from llm2vec_min.training.flags import READ_BY, build_parser
+from llm2vec_min.training.flags import READ_BY, build_parser, check
 from llm2vec_min.training.loop import Loop, Settings
-from llm2vec_min.weights import save_adapter
+from llm2vec_min.weights import adapter_of, save_adapter
 
 # field -> (stage, another value): trained with it, other weights come out
 WEIGHTS = {
@@ -44,6 +44,14 @@ OTHERWISE = {
     "lora_dropout",
     "gradient_checkpointing",
 }
+
+
+def test_output_with_a_slash():
+    """As a shell completes it: what stands beside the run must not be looked for inside it."""
+    parser = build_parser([], "")
+    args = parser.parse_args(["--output", "runs/new/"])
+    check(args, parser)
+    assert args.output == "runs/new"
 
 
 def test_every_field_has_a_test():
@@ -196,7 +204,7 @@ def test_model_flags(start, model_folder, tmp_path, monkeypatch):
     add_lora(other.decoder, r=2)
     randomize(other.decoder)
     (tmp_path / "adapter").mkdir()
-    save_adapter(other.decoder, tmp_path / "adapter", str(model_folder))
+    save_adapter(tmp_path / "adapter", *adapter_of(other.decoder, str(model_folder)))
     merged = start("--adapter", str(tmp_path / "adapter"))[0]
     assert len(merged.adapters) == 1
     assert not torch.equal(merged.decoder.layers[0].mlp.up_proj.weight, plain.decoder.layers[0].mlp.up_proj.weight)
