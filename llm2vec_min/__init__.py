@@ -1,4 +1,4 @@
-"""LLM2Vec (arXiv 2404.05961) from scratch: any Llama or Mistral checkpoint as a text encoder.
+"""LLM2Vec (arXiv 2404.05961) from scratch: any Llama, Mistral or Qwen2 checkpoint as a text encoder.
 
 Here, in reading order, is the model, from a name and a text to a vector:
     config      what a model is, and the paper's recipe for each

@@ -434,25 +434,23 @@ class LLM2Vec(nn.Module):
         }
 
     def keep_adapters(self, folder: str | Path) -> None:
-        """Copies the files of the adapters that were merged, as they are now, into a folder of their own, and takes them from
-        there from now on: the originals may be replaced while a new one trains.
+        """Copies the files of the adapters that were merged, as they are now, into a folder, and takes them from there from now
+        on: the originals may be replaced while a new one trains.
 
         Raises:
             ValueError: one has gone since it was loaded.
         """
-        if not self.adapters:
-            return
-        with new_folder(folder) as copies:  # whole, then in place: an original may lie in the very folder that is replaced
-            for number, adapter in enumerate(self.adapters):
-                (copies / str(number)).mkdir()
-                for file in (ADAPTER, ADAPTER_CONFIG, "train_args.json"):
-                    copy = copies / str(number) / file
-                    if (adapter / file).is_file():
-                        shutil.copyfile(adapter / file, copy.with_name(file + ".part"))
-                        put(copy.with_name(file + ".part"), copy)
-                    elif file != "train_args.json":  # an adapter of others comes without its arguments
-                        raise ValueError(f"{adapter / file}: has gone since it was loaded")
-        self.adapters = [Path(folder, str(number)) for number in range(len(self.adapters))]
+        for file in (adapter / name for adapter in self.adapters for name in (ADAPTER, ADAPTER_CONFIG)):
+            if not file.is_file():
+                raise ValueError(f"{file}: has gone since it was loaded")
+        for number, adapter in enumerate(self.adapters):
+            target = Path(folder, str(number))
+            target.mkdir(parents=True, exist_ok=True)
+            for name in (ADAPTER, ADAPTER_CONFIG, "train_args.json"):
+                if (adapter / name).is_file():  # an adapter of others comes without its arguments
+                    shutil.copyfile(adapter / name, target / (name + ".part"))
+                    put(target / (name + ".part"), target / name)
+            self.adapters[number] = target
 
     def save_run(self, output: str | Path, stage: str) -> None:
         """Writes a stage's result: all but the base weights, so that the folder can be moved and loaded by its name.
@@ -460,7 +458,8 @@ class LLM2Vec(nn.Module):
         The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
 
         Raises:
-            ValueError: there is no adapter, weights of the base are trainable, or an adapter was merged since it was loaded.
+            ValueError: there is no adapter, weights of the base are trainable, an adapter was merged since it was loaded, or
+                `output` is a run that this one stands on.
         """
         output, merges = Path(output), sum(getattr(module, "merges", 0) for module in self.modules())
         trained = [name for name, p in self.decoder.named_parameters() if p.requires_grad and ".lora_" not in name]
@@ -473,10 +472,14 @@ class LLM2Vec(nn.Module):
             raise ValueError(
                 f"{trained[0]} is trainable ({len(trained)} of the base are), and a run keeps its adapter only: use save()"
             )
-        adapter = adapter_of(self.decoder, self.base_model)
+        for number, adapter in enumerate(self.adapters):
+            home, place = output.resolve(), adapter.resolve()
+            if place.is_relative_to(home) and place != home / "adapters" / str(number):
+                raise ValueError(f"{output}: holds an adapter that this run stands on; save the run into a folder of its own")
+        config_and_tensors = adapter_of(self.decoder, self.base_model)
+        self.keep_adapters(output / "adapters")
         output.mkdir(parents=True, exist_ok=True)
-        self.keep_adapters(output / "adapters")  # before the new one is written: the last of them may lie in its place
-        save_adapter(output, *adapter)
+        save_adapter(output, *config_and_tensors)
         names = [f"adapters/{number}" for number in range(len(self.adapters))]
         self.tokenizer.save(output)
         write_json(

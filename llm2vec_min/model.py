@@ -1,4 +1,4 @@
-"""A Llama / Mistral decoder that looks back only (causal) or both ways (bidirectional).
+"""A Llama, Mistral or Qwen2 decoder that looks back only (causal) or both ways (bidirectional).
 
 Modules are named as in a Hugging Face checkpoint, so a state dict loads without renaming.
 

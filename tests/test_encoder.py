@@ -245,7 +245,7 @@ def test_a_run_that_was_refused_can_be_saved_again(run_folders, tmp_path):
     assert l2v.adapters == [tmp_path / "new" / "adapters" / "0"]
 
 
-def test_a_run_saved_over_one_that_it_stands_on(run_folders, tmp_path):
+def test_a_run_is_not_saved_over_one_that_it_stands_on(run_folders, tmp_path):
     """Into the folder it came from, and, with an earlier adapter put below, into one whose copies would trade places."""
     mntp, simcse, _ = run_folders
     for name in ("own", "below"):
@@ -258,10 +258,29 @@ def test_a_run_saved_over_one_that_it_stands_on(run_folders, tmp_path):
         l2v = LLM2Vec.from_pretrained(model, adapters=adapters, device="cpu")
         add_lora(l2v.decoder, r=3)
         randomize(l2v.decoder, seed=5)
-        l2v.save_run(folder, "simcse")
-        loaded = LLM2Vec.from_pretrained(folder, device="cpu")
-        assert len(loaded.adapters) == len(l2v.adapters) + 1
-        np.testing.assert_allclose(loaded.encode(TEXTS), l2v.encode(TEXTS), rtol=1e-4, atol=1e-4)
+        before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+        with pytest.raises(ValueError, match="holds an adapter that this run stands on.*folder of its own"):
+            l2v.save_run(folder, "simcse")
+        assert before == {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_run_saved_again_into_its_folder(run_folders):
+    """As training goes on: the earlier adapter stays where it is, its own is replaced."""
+    _, folder, l2v = run_folders
+    assert l2v.adapters == [folder / "adapters" / "0"]
+    randomize(l2v.decoder, seed=5)
+    l2v.save_run(folder, "simcse")
+    loaded = LLM2Vec.from_pretrained(folder, device="cpu")
+    np.testing.assert_allclose(loaded.encode(TEXTS), l2v.encode(TEXTS), rtol=1e-4, atol=1e-4)
+
+
+def test_a_run_whose_earlier_adapter_has_gone(run_folders, tmp_path):
+    l2v = LLM2Vec.from_pretrained(run_folders[0], device="cpu")
+    add_lora(l2v.decoder, r=2)
+    (run_folders[0] / "adapter_model.safetensors").unlink()
+    with pytest.raises(ValueError, match="adapter_model.safetensors: has gone since it was loaded"):
+        l2v.save_run(tmp_path / "new", "simcse")
+    assert not (tmp_path / "new").exists()
 
 
 def test_a_run_with_an_adapter_merged_in_part(run_folders, tmp_path):
