@@ -15,7 +15,7 @@ sys.path.insert(0, str(ROOT))
 
 TEXT = ROOT / "llm2vec_min" / "assets" / "text"
 COLORS = {
-    "causal": "#8a94a6", "bidirectional": "#63b3ed", "+ MNTP": "#3182ce", "+ SimCSE": "#1a4480", "causal + SimCSE": "#dd6b20",
+    "causal": "#8a94a6", "bidirectional": "#63b3ed", "+ MNTP": "#3182ce", "LLM2Vec": "#1a4480", "causal + SimCSE": "#dd6b20",
     "bidirectional + SimCSE": "#d69e2e", "+ supervised": "#2f855a",
 }  # fmt: skip
 RUNGS = tuple(COLORS)

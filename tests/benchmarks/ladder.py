@@ -28,8 +28,8 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.files import write_json
 
-RUNGS = ("causal", "bidirectional", "+ MNTP", "+ SimCSE", "causal + SimCSE", "bidirectional + SimCSE", "+ supervised")
-NAMES = {"bidirectional": "bidirectional, untrained", "+ SimCSE": "**+ SimCSE = LLM2Vec**"}
+RUNGS = ("causal", "bidirectional", "+ MNTP", "LLM2Vec", "causal + SimCSE", "bidirectional + SimCSE", "+ supervised")
+NAMES = {"bidirectional": "bidirectional, untrained", "LLM2Vec": "**+ SimCSE = LLM2Vec**"}
 
 
 def main() -> None:
@@ -79,7 +79,7 @@ def main() -> None:
     for seed in args.seeds:
         simcse = ["--stage", "simcse", *shlex.split(args.simcse)]
         mntp = stage("+ MNTP", "mntp", seed, ["--stage", "mntp", "--model", args.model, *shlex.split(args.mntp)])
-        unsupervised = stage("+ SimCSE", "simcse", seed, [*simcse, "--model", mntp])
+        unsupervised = stage("LLM2Vec", "simcse", seed, [*simcse, "--model", mntp])
         if args.model == "tiny" or args.supervised:
             flags = ["--stage", "supervised", "--model", unsupervised, *shlex.split(args.supervised)]
             stage("+ supervised", "supervised", seed, flags)

@@ -89,18 +89,18 @@ def draw(theme: str) -> str:
     for dx, dy in ((34, -20), (66, 6), (26, 32)):
         out.append(f'<path d="M{x - 15} {y + 2} L{x + dx - 11} {y + dy}" stroke="{c["line"]}" stroke-width="1.6"/>')
 
-    bars = {"causal": "as it comes", "bidirectional": "after step 1", "+ MNTP": "after 1 and 2", "+ SimCSE": "LLM2Vec",
+    bars = {"causal": "as it comes", "bidirectional": "after step 1", "+ MNTP": "after 1 and 2", "LLM2Vec": "LLM2Vec",
             "causal + SimCSE": "step 3 alone"}  # fmt: skip
     places = (*middle[:3], middle[3] - 44, middle[3] + 44)
     out.append(f'<path d="M20 {BASE} H{WIDTH - 20}" stroke="{c["line"]}"/>')
     for x, (name, label) in zip(places, bars.items(), strict=True):
         height = FULL * score[name] / 75
         control = name == "causal + SimCSE"
-        color = c["accent"] if name == "+ SimCSE" else c["bar"]
+        color = c["accent"] if name == "LLM2Vec" else c["bar"]
         style = f'fill="none" stroke="{color}"' if control else f'fill="{color}"'
         out.append(f'<rect x="{x - 38:.0f}" y="{BASE - height:.1f}" width="76" height="{height:.1f}" rx="4" {style}/>')
         out.append(text(x, BASE - height - 9, f"{score[name]:.1f}", c["ink"], 17, weight=600))
-        out.append(text(x, BASE + 19, label, c["ink"] if name == "+ SimCSE" else c["soft"], 12.5))
+        out.append(text(x, BASE + 19, label, c["ink"] if name == "LLM2Vec" else c["soft"], 12.5))
     out.append(text(WIDTH / 2, HEIGHT - 31, "Spearman x 100 on five sentence similarity sets, SmolLM2-135M, plain means, "
                     "no label seen in training.", c["soft"], 12.5))  # fmt: skip
     out.append(text(WIDTH / 2, HEIGHT - 12, "Step 3 alone, the mask kept, trained with a mean in which later tokens count more: "
