@@ -38,9 +38,9 @@ from llm2vec_min.model import LanguageModel, compile_layers, init_weights
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import distributed, memory
 from llm2vec_min.training.flags import build_parser, check, default_data, in_force
-from llm2vec_min.training.loop import (
+from llm2vec_min.training.mntp import train_mntp
+from llm2vec_min.training.output import (
     ARGUMENTS,
-    Settings,
     check_resumed,
     finish_output,
     has_checkpoint,
@@ -49,8 +49,8 @@ from llm2vec_min.training.loop import (
     is_run,
     plan_output,
 )  # fmt: skip
-from llm2vec_min.training.mntp import train_mntp
 from llm2vec_min.training.pretrain import pretrain, train_tokenizer
+from llm2vec_min.training.settings import Settings
 from llm2vec_min.training.simcse import train_simcse
 from llm2vec_min.training.supervised import train_supervised
 from llm2vec_min.training.triplets import draw, read_triplets

@@ -11,7 +11,7 @@ from llm2vec_min import hub
 from llm2vec_min.config import PAPER, PRESETS, Preset
 from llm2vec_min.encoder import find_chain
 from llm2vec_min.hub import find_preset, resolve
-from llm2vec_min.training.loop import Settings
+from llm2vec_min.training.settings import Settings
 
 
 def test_folder_and_preset(tmp_path, monkeypatch):

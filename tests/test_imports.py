@@ -121,7 +121,7 @@ def test_embed_needs_nothing_of_training():
         ("llm2vec_min.encoder", "from .interop import export"),
         ("llm2vec_min.encoder", "def save():\n    from .interop.export import export_model"),
         ("llm2vec_min.encoder", "from . import training"),
-        ("llm2vec_min.evaluation.sentences", "from ..training.loop import Settings"),
+        ("llm2vec_min.evaluation.sentences", "from ..training.settings import Settings"),
         ("llm2vec_min.model", "from .lora import LoRALinear"),
         ("llm2vec_min.model", "from llm2vec_min import LLM2Vec"),
     ],

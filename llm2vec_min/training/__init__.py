@@ -1,11 +1,13 @@
 """From a batch to an adapter: one file per stage, each with its whole method.
 
-Read mntp, simcse, then supervised, whose data is in triplets. They stand on loop (schedule, resume, metrics); pretrain makes
-a small Llama to begin with; distributed and memory are for large ones; flags is what train.py can be told.
+Read mntp, simcse, then supervised, whose data is in triplets. They stand on settings, loop (optimizer, metrics, resume)
+and output (the run's folder); pretrain makes a small Llama to begin with; distributed and memory are for large ones; flags is
+what train.py can be told.
 """
 
-from .loop import Loop, Settings
+from .loop import Loop
 from .mntp import mask_tokens, mntp_loss, train_mntp
+from .settings import Settings
 from .simcse import info_nce, train_simcse
 from .supervised import train_supervised
 from .triplets import DataSet, Triplet, read_triplets

@@ -16,8 +16,8 @@ from ..device import DTYPES
 from ..files import short
 from ..hub import DATASETS, find_preset
 from ..pooling import POOLING_MODES
-from .loop import Settings
 from .mntp import MASK_STYLES
+from .settings import Settings
 
 STAGES = ("pretrain", "mntp", "simcse", "supervised")
 ASSETS = Path(__file__).parent.parent / "assets"

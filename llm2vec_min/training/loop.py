@@ -6,13 +6,11 @@ import hashlib
 import json
 import math
 import os
-import shutil
 import signal
 import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -23,56 +21,14 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..device import rank, world_size
-from ..files import check_file, put, read_json, replace_folder, share, write_json
+from ..files import put, share
 from ..weights import not_finite
 from . import distributed
+from .output import BEFORE, CHECKPOINT, METRICS, open_output
+from .settings import Settings, get_lr
 
-CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
-METRICS = "metrics.jsonl"
-ARGUMENTS = "train_args.json"
 SAVE_SECONDS = 120  # between checkpoints where --save-every names no steps: what a kill costs at most
 MOST_SKIPPED = 5  # steps in a row without a finite gradient
-
-
-@dataclass
-class Settings:
-    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored; those of LoRA are
-    `train.py`'s, which makes the adapter, as a caller of `train_mntp` and the like does with `add_lora`."""
-
-    steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # sequences per optimizer step, over all processes
-    micro_batch_size: int = 0  # sequences per forward pass of one process; 0: its whole share of the batch
-    max_length: int = 512  # tokens
-    lr: float = 5e-5  # peak
-    warmup_steps: int = 0
-    schedule: str = "linear"  # decay to zero: linear or cosine
-    weight_decay: float = 0.0
-    adam_beta2: float = 0.999
-    max_grad_norm: float = 1.0  # 0: no clipping
-    lora_r: int = 16
-    lora_alpha: float = 32.0
-    lora_dropout: float = 0.05
-    mask_probability: float = 0.2
-    mask_style: str = "bert"
-    attention_dropout: float = 0.3
-    temperature: float = 0.05  # cosine / temperature; 0.05 is the paper's scale of 20
-    in_batch_negatives: bool = True
-    filter_negatives: float = 0.0  # share of the positive's cosine; 0: keep all hard negatives
-    matryoshka: tuple[int, ...] = ()  # sizes of shorter vectors to train, too
-    gradient_checkpointing: bool = False
-    seed: int = 0
-    eval_every: int = 0  # steps; 0: a quarter of the run
-    save_every: int = 0  # steps; 0: by the clock, every SAVE_SECONDS
-
-
-def get_lr(step: int, settings: Settings) -> float:
-    """Learning rate of optimizer step `step` (from 0): linear warmup, then linear or cosine decay to zero."""
-    if step < settings.warmup_steps:
-        return settings.lr * (step + 1) / (settings.warmup_steps + 1)
-    progress = (step - settings.warmup_steps) / max(1, settings.steps - settings.warmup_steps)  # in [0, 1)
-    if settings.schedule == "cosine":
-        return settings.lr * 0.5 * (1 + math.cos(math.pi * progress))
-    return settings.lr * (1 - progress)
 
 
 def seed_torch(*numbers: int) -> torch.Generator:
@@ -84,112 +40,6 @@ def seed_torch(*numbers: int) -> torch.Generator:
 
 def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
-
-
-def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False, resume: bool = False) -> Path:
-    """The folder a run is to work in; nothing is written yet. It is the output itself, or `OUTPUT.part` beside it while an
-    earlier run stands there, which stays whole until `finish_output` puts the new one in its place.
-
-    Raises:
-        ValueError: the output already holds something, or `resume` finds files there that are no run, or one with other arguments.
-    """
-    output = Path(output)
-    beside = output.with_name(output.name + ".part")
-    if output.exists() and not output.is_dir():
-        raise ValueError(f"--output {output}: is a file, expected a folder")
-    work = beside if resume and is_run(beside) else output
-    if not is_run(work):
-        if is_foreign(work):
-            raise ValueError(f"--output {work}: holds files, but not a run")
-        return work
-    if resume:
-        check_resumed(work, arguments)
-        return work
-    if not overwrite:
-        state = "a run" if is_finished(output) else "an unfinished run; --resume continues it"
-        raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
-    return beside
-
-
-def check_resumed(work: Path, arguments: dict) -> None:
-    """ValueError if there is a run in `work` that was started with other arguments."""
-    if not is_run(work):
-        return
-    # a setting that its version did not have is taken for the default
-    before = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(Settings()).items()} | read_json(work / ARGUMENTS)
-    # the folder itself may have been moved, or be given by another path
-    if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
-        found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
-        raise ValueError(f"--resume: {work} was started with other arguments: {found}")
-
-
-def is_run(folder: Path) -> bool:
-    try:
-        return (folder / ARGUMENTS).is_file() and "stage" in read_json(folder / ARGUMENTS)
-    except ValueError:
-        return False
-
-
-def is_foreign(folder: Path) -> bool:
-    """It holds more than what a run that was killed at its very start has left."""
-    return folder.is_dir() and any(path.name != ARGUMENTS + ".part" for path in folder.iterdir())
-
-
-def is_finished(work: Path) -> bool:
-    """config.json is the last file of a result, and the checkpoint goes after it."""
-    return (work / "config.json").is_file() and not (work / CHECKPOINT).exists()
-
-
-def open_output(work: Path, arguments: dict | None = None) -> None:
-    """Makes a run's folder, once every check has passed, and notes the exact arguments in it.
-
-    Raises:
-        ValueError: it cannot be written.
-    """
-    if work.name.endswith(".part") and work.is_dir():  # what an earlier try to replace a run has left
-        if not is_run(work) and is_foreign(work):
-            raise ValueError(f"--output: {work} is in the way and is no run of ours; move it")
-        shutil.rmtree(work, ignore_errors=True)
-    try:
-        work.mkdir(parents=True, exist_ok=True)
-        (work / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
-        if arguments is not None:
-            write_json(work / ARGUMENTS, arguments)
-    except OSError as error:
-        raise ValueError(f"--output {work}: cannot be written ({error})") from None
-
-
-def finish_output(work: Path, output: str | Path) -> None:
-    """The run's result is saved in `work`: puts it in its place, and drops the checkpoint, which is no longer needed."""
-    output = Path(output)
-    if work != output:
-        replace_folder(work, output)
-    # what a kill has left beside a file of the run (safetensors writes into .tmp files), and last the checkpoint, which
-    # `is_finished` looks for
-    left = [path for path in output.glob("*.part") if path.with_suffix("").exists() and path.is_file()]
-    left += [path for path in output.glob(".tmp??????") if path.is_file()]
-    for path in (*left, output / (CHECKPOINT + ".part"), output / BEFORE, output / CHECKPOINT):
-        path.unlink(missing_ok=True)
-
-
-def has_checkpoint(work: Path) -> bool:
-    return any((work / name).is_file() for name in (CHECKPOINT, BEFORE))
-
-
-def identify(paths: list[str]) -> dict[str, str]:
-    """What is in each file, for the run's arguments: a resumed run must read what it has begun with."""
-    found = {}
-    for path in paths:
-        check_file(path)
-        try:
-            with open(path, "rb") as file:
-                digest = hashlib.sha256()
-                while block := file.read(2**20):
-                    digest.update(block)
-            found[f"SHA-256 of {path}"] = digest.hexdigest()[:16]
-        except OSError as error:
-            raise ValueError(f"{path}: not a readable text file ({error})") from None
-    return found
 
 
 def checksum(step: str, tensors: dict[str, Tensor]) -> str:

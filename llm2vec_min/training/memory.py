@@ -17,8 +17,8 @@ from ..device import DTYPES, world_size
 from ..files import read_json, short
 from ..hub import resolve
 from ..model import SHORT
-from .loop import Settings
 from .mntp import LOGITS_AT_ONCE
+from .settings import Settings
 
 
 @dataclass

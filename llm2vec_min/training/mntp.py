@@ -23,7 +23,8 @@ from ..device import to_device, world_size
 from ..encoder import LLM2Vec
 from ..model import Decoder
 from ..tokenizer import Tokenizer
-from .loop import Loop, Settings
+from .loop import Loop
+from .settings import Settings
 
 MASK_STYLES = ("bert", "all")
 IGNORED = -100  # label of a position that is not predicted

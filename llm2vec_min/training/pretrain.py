@@ -18,7 +18,8 @@ from torch import Tensor
 from ..data import batches
 from ..files import write_json
 from ..model import LanguageModel
-from .loop import Loop, Settings
+from .loop import Loop
+from .settings import Settings
 
 BOS, EOS, PAD = "<s>", "</s>", "<pad>"
 

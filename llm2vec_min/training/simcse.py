@@ -21,7 +21,8 @@ from ..model import set_attention_dropout
 from ..pooling import pool
 from ..tokenizer import Encoded
 from . import distributed
-from .loop import Loop, Settings
+from .loop import Loop
+from .settings import Settings
 
 
 def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05, counted: Tensor | None = None) -> Tensor:

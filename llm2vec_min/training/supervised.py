@@ -18,7 +18,8 @@ from torch import Tensor
 from ..device import rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..pooling import pool
-from .loop import Loop, Settings
+from .loop import Loop
+from .settings import Settings
 from .simcse import backward, info_nce
 from .triplets import DataSet, Triplet, check_negatives, draw
 

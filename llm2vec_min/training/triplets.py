@@ -11,7 +11,7 @@ from typing import NamedTuple
 import numpy as np
 
 from ..data import batches, numbered_lines
-from .loop import Settings
+from .settings import Settings
 
 
 class Triplet(NamedTuple):

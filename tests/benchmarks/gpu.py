@@ -34,8 +34,8 @@ from llm2vec_min.config import PRESETS
 from llm2vec_min.model import Decoder, compile_layers, init_weights, set_attention_dropout
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import memory
-from llm2vec_min.training.loop import Settings
 from llm2vec_min.training.mntp import mask_tokens
+from llm2vec_min.training.settings import Settings
 from llm2vec_min.training.simcse import backward, embed_twins, info_nce
 from llm2vec_min.weights import load_decoder, save_checkpoint
 

@@ -16,8 +16,10 @@ from llm2vec_min.evaluation import ranks, spearman
 from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
 from llm2vec_min.training import mntp
-from llm2vec_min.training.loop import Settings, checksum, finish_output, get_lr, open_output, plan_output
+from llm2vec_min.training.loop import checksum
 from llm2vec_min.training.mntp import held_out_score, train_mntp
+from llm2vec_min.training.output import finish_output, open_output, plan_output
+from llm2vec_min.training.settings import Settings, get_lr
 from llm2vec_min.training.simcse import train_simcse
 
 QUICK = dict(steps=6, batch_size=4, max_length=16, lr=1e-3, save_every=2, eval_every=100)

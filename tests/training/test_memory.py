@@ -12,9 +12,9 @@ from conftest import VARIANTS
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import Decoder, set_attention_dropout
-from llm2vec_min.training.loop import Settings
 from llm2vec_min.training.memory import count_adapter, count_parameters, fit, plan
 from llm2vec_min.training.mntp import mntp_loss
+from llm2vec_min.training.settings import Settings
 
 SHAPES = {
     "1.3b": (2048, 24, 16, 16, 5504),

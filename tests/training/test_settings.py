@@ -14,7 +14,8 @@ from llm2vec_min.config import PRESETS
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.lora import LoRALinear, add_lora
 from llm2vec_min.training.flags import READ_BY, build_parser, check
-from llm2vec_min.training.loop import Loop, Settings
+from llm2vec_min.training.loop import Loop
+from llm2vec_min.training.settings import Settings
 from llm2vec_min.weights import adapter_of, save_adapter
 
 # field -> (stage, another value): trained with it, other weights come out

@@ -9,7 +9,7 @@ import torch
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
-from llm2vec_min.training.loop import Settings
+from llm2vec_min.training.settings import Settings
 from llm2vec_min.training.simcse import different, embed_twins, explain, info_nce, tokenize, train_simcse
 
 

@@ -14,7 +14,8 @@ from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.training import supervised
-from llm2vec_min.training.loop import Settings, trainable_parameters
+from llm2vec_min.training.loop import trainable_parameters
+from llm2vec_min.training.settings import Settings
 from llm2vec_min.training.supervised import count_candidates, explain, filter_negatives, flatten, share_out, supervised_loss
 from llm2vec_min.training.triplets import DataSet, Triplet, draw, read_triplets
 
