@@ -261,7 +261,10 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.source = ""  # where its weights come from, for error messages
-        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        table = torch.empty(config.vocab_size, config.hidden_size)
+        if not table.is_meta:  # drawing numbers where there are none would take seconds: torch imports its compiler for it
+            nn.init.normal_(table)
+        self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
