@@ -156,6 +156,8 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         train_simcse(l2v, train_lines, settings, work, **options)
     elif args.stage == "supervised":
         train_supervised(l2v, sets, settings, work, **options)
+    else:
+        raise ValueError(f"--stage {args.stage}: has no call here")
     if rank() == 0:
         l2v.save_run(work, args.stage)
 

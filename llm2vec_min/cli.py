@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
@@ -37,12 +38,16 @@ def add_model_flags(
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Calls `main` with the command line's arguments; a ValueError is a user's mistake."""
+    """Calls `main` with the command line's arguments. A ValueError that some check raised is a user's mistake, told in a line;
+    one that a wrong computation met is ours, and shows where."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8 stops nothing
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, SafetensorError) as error:  # a full disk is not our mistake either
+        line = traceback.extract_tb(error.__traceback__)[-1].line or "raise"  # of the source, where it is at hand
+        if isinstance(error, ValueError) and not line.startswith("raise"):
+            raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:

@@ -420,7 +420,8 @@ class LLM2Vec(nn.Module):
         changes = {"is_causal": self.causal, "sliding_window": window, "torch_dtype": name, "dtype": name}
         write_json(folder / "config.json", config.to_dict() | changes | {"pad_token_id": self.tokenizer.pad_id})
         self.tokenizer.save(folder)
-        write_json(folder / LLM2VEC_CONFIG, {**self.settings(), "exported_from": self.base_model})
+        preset = {"preset": self.preset} if self.preset else {}
+        write_json(folder / LLM2VEC_CONFIG, {**self.settings(), **preset, "exported_from": self.base_model})
 
     def settings(self) -> dict:
         """What llm2vec_config.json says of how this encoder reads and pools a text. Whatever else a run changes in its encoder
@@ -458,28 +459,30 @@ class LLM2Vec(nn.Module):
         The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
 
         Raises:
-            ValueError: there is no adapter, weights of the base are trainable, an adapter was merged since it was loaded, or
+            ValueError: there is no adapter, other weights than its are trainable, an adapter was merged since it was loaded, or
                 `output` is a run that this one stands on.
         """
         output, merges = Path(output), sum(getattr(module, "merges", 0) for module in self.modules())
-        trained = [name for name, p in self.decoder.named_parameters() if p.requires_grad and ".lora_" not in name]
+        config, tensors = adapter_of(self.decoder, self.base_model)
+        kept = {name.replace("base_model.model", "decoder", 1) for name in tensors}
+        lost = [name for name, p in self.named_parameters() if p.requires_grad and name not in kept]
         if merges != len(self.adapters):
             raise ValueError(
                 f"{merges} adapters are merged into the base, but the encoder was loaded with {len(self.adapters)}, and a run "
-                "would lose the others: use save()"
+                "would lose the others: save() writes the merged model"
             )
-        if trained:
+        if lost:
             raise ValueError(
-                f"{trained[0]} is trainable ({len(trained)} of the base are), and a run keeps its adapter only: use save()"
+                f"{lost[0]} is trainable ({len(lost)} such weights), and a run keeps its adapter only: write_merged() writes the "
+                "whole decoder; what is not in it has to be saved apart"
             )
         for number, adapter in enumerate(self.adapters):
             home, place = output.resolve(), adapter.resolve()
             if place.is_relative_to(home) and place != home / "adapters" / str(number):
                 raise ValueError(f"{output}: holds an adapter that this run stands on; save the run into a folder of its own")
-        config_and_tensors = adapter_of(self.decoder, self.base_model)
         self.keep_adapters(output / "adapters")
         output.mkdir(parents=True, exist_ok=True)
-        save_adapter(output, *config_and_tensors)
+        save_adapter(output, config, tensors)
         names = [f"adapters/{number}" for number in range(len(self.adapters))]
         self.tokenizer.save(output)
         write_json(

@@ -52,12 +52,13 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
 
 
 def find_preset(name: str | Path) -> Preset | None:
-    """The preset of a preset's name, of its hub id (at any revision), or of a run that was trained with one or whose base is
-    one of these; without a download."""
+    """The preset of a preset's name, of its hub id (at any revision), or of a run or merged folder that was trained with one
+    or whose base is one of these; without a download."""
     path = Path(expanduser(name), "llm2vec_config.json")
     if path.is_file():
         settings = read_json(path)
-        name = settings.get("preset") or settings.get("base_model_name_or_path", name)
+        said = ("preset", "base_model_name_or_path", "exported_from")
+        name = next((settings[key] for key in said if settings.get(key)), name)
     name = str(name)
     if not Path(name).exists():
         name = name.partition("@")[0]

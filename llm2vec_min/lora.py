@@ -71,7 +71,7 @@ def add_lora(
     """Freezes the model and puts a fresh adapter on its linear layers.
 
     Args:
-        r: rank. The update is scaled by alpha / r.
+        r: rank. The update is scaled by alpha / r (rank-stabilised LoRA, arXiv 2312.03732, is alpha times sqrt(r)).
         dropout: probability, on what enters the adapter.
         targets: last names of layers (`q_proj`), or whole ones (`layers.0.self_attn.q_proj`).
     Returns:

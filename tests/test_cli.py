@@ -519,6 +519,26 @@ def test_exit_code_and_one_line(command):
     assert done.stderr.startswith(f"{command[0]}: error: ") and done.stderr.count("\n") == 1
 
 
+def test_a_wrong_computation_shows_where(tmp_path):
+    """One line is for what a check has found; whoever changes the code and errs is told the place."""
+    script = tmp_path / "script.py"
+    for body, status, shown in (
+        ("one, two, three = 1, 2", 1, "not enough values to unpack"),
+        ("raise ValueError(\n        f'{1}' 'st')", 2, "script.py: error: 1st\n"),
+    ):
+        script.write_text(f"from llm2vec_min.cli import run\ndef main(argv):\n    {body}\nrun(main)\n")
+        environment = os.environ | {"PYTHONPATH": str(ROOT)}
+        done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, env=environment)
+        assert done.returncode == status and shown in done.stderr and ("Traceback" in done.stderr) == (status == 1)
+
+
+def test_a_stage_without_a_call_is_no_success(files, model_folder, monkeypatch):
+    monkeypatch.setattr(train, "check", lambda args, parser: None)  # as if its flags were known
+    flags = ["--model", str(model_folder), "--data", str(files / "text.txt"), "--output", str(files / "own"), *QUICK]
+    with pytest.raises(ValueError, match="--stage own: has no call here"):
+        train.main(["--stage", "own", *flags])
+
+
 def test_dry_run_needs_no_data(capsys):
     folder = str(ROOT / "llm2vec_min/assets/tiny")  # not "tiny", which brings its own data
     flags = ["--stage", "supervised", "--preset", "smollm2-135m", "--model", folder]

@@ -215,12 +215,18 @@ def test_merged_equals_unmerged(run_folders):
 def test_a_run_keeps_all_that_was_trained_or_is_refused(run_folders, tmp_path):
     mntp, _, l2v = run_folders
     l2v.decoder.norm.requires_grad_()
-    with pytest.raises(ValueError, match=r"norm.weight is trainable \(1 of the base are\).*use save\(\)"):
+    with pytest.raises(ValueError, match=r"decoder.norm.weight is trainable \(1 such weights\).*write_merged\(\)"):
         l2v.save_run(tmp_path / "new", "simcse")
     l2v.decoder.norm.requires_grad_(False)
+    l2v.head = torch.nn.Linear(4, 4)
+    with pytest.raises(ValueError, match=r"head.weight is trainable \(2 such"):
+        l2v.save_run(tmp_path / "new", "simcse")
+    del l2v.head
     merge_lora(l2v)
     add_lora(l2v.decoder, r=2)
-    with pytest.raises(ValueError, match="2 adapters are merged into the base, but the encoder was loaded with 1.*use save"):
+    with pytest.raises(
+        ValueError, match="2 adapters are merged into the base, but the encoder was loaded with 1.*save\\(\\) writes"
+    ):
         l2v.save_run(tmp_path / "new", "simcse")
     assert not (tmp_path / "new").exists()
     built = LLM2Vec(l2v.decoder, l2v.tokenizer, base_model="tiny")

@@ -7,7 +7,7 @@ import huggingface_hub
 import pytest
 from huggingface_hub import errors
 
-from llm2vec_min import hub
+from llm2vec_min import LLM2Vec, hub
 from llm2vec_min.config import PAPER, PRESETS, Preset
 from llm2vec_min.encoder import find_chain
 from llm2vec_min.hub import find_preset, resolve
@@ -141,3 +141,13 @@ def test_a_home_folder_keeps_its_preset(monkeypatch, tmp_path):
     (tmp_path / "run").mkdir()
     (tmp_path / "run" / "llm2vec_config.json").write_text('{"preset": "mistral-7b"}')
     assert find_preset("~/run") is PRESETS["mistral-7b"]
+
+
+def test_a_merged_folder_keeps_its_preset(model_folder, tmp_path):
+    LLM2Vec.from_pretrained("tiny-llm2vec", device="cpu").save(tmp_path / "of-tiny")
+    assert find_preset(tmp_path / "of-tiny") is PRESETS["tiny"]
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    l2v.preset = "mistral-7b"
+    l2v.save(tmp_path / "said")
+    assert find_preset(tmp_path / "said") is PRESETS["mistral-7b"]
+    assert LLM2Vec.from_pretrained(tmp_path / "said", device="cpu").preset == "mistral-7b"

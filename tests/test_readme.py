@@ -1,13 +1,17 @@
 """What the README says: its tables come from the measured JSON, its files, links, presets and flags exist."""
 
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 from statistics import mean
 
+import numpy as np
 import pytest
 
+from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 
 ROOT = Path(__file__).parent.parent
@@ -106,3 +110,15 @@ def test_flags_exist():
     for file in sorted((ROOT / "llm2vec_min").rglob("*.py")):
         known |= set(re.findall(r"\"(--[\w-]+)\"", file.read_text()))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]+", README)) <= known | {"--nproc_per_node", "--index-url"}
+
+
+def test_a_loop_of_ones_own(tmp_path):
+    """The script in CONTRIBUTING.md runs, and leaves a run."""
+    script = re.search(r"```python\n(.*?)```", (ROOT / ".github" / "CONTRIBUTING.md").read_text(), re.S)[1]
+    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    losses = [json.loads(line)["loss"] for line in (tmp_path / "runs" / "own" / "metrics.jsonl").read_text().splitlines()]
+    assert len(losses) == 3 and losses[-1] < losses[0]
+    before = LLM2Vec.from_pretrained("tiny-mntp", device="cpu").encode(["a text"])
+    assert np.abs(LLM2Vec.from_pretrained(tmp_path / "runs" / "own", device="cpu").encode(["a text"]) - before).max() > 0.01

@@ -25,6 +25,7 @@ MARKER = "\x1f"
 PROBES = ("a", "The cat", " two", "1984", "🙂", "_", "\n")
 PLAIN = "plain"  # name of the prompt of a text without an instruction
 POOLING_NAMES = {"mean": "mean", "max": "max", "last": "lasttoken", "first": "cls", "weighted_mean": "weightedmean"}
+MAPPED = {"causal", "pooling_mode", "max_length", "template"}  # of `LLM2Vec.settings()`: what this file writes in others' terms
 
 
 def export_model(
@@ -50,6 +51,8 @@ def export_model(
     Raises:
         ValueError: the folder exists, or sentence-transformers could not give the same vectors, and why.
     """
+    if unknown := l2v.settings().keys() - MAPPED:
+        raise ValueError(f"no one else would know of {min(unknown)}: transformers would give other vectors")
     if not sentence_transformers and (prompts or normalize):
         raise ValueError(
             "prompts and --normalize are sentence-transformers' to apply, which --no-sentence-transformers leaves out"

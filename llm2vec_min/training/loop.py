@@ -52,7 +52,7 @@ def checksum(step: str, tensors: dict[str, Tensor]) -> str:
 
 
 class Loop:
-    """The optimizer's side of a training loop: `for step in loop: ...; loop.update(loss, tokens)`.
+    """The optimizer's side of a training loop: `for step in loop: ...; loss.backward(); loop.update(loss, tokens)`.
 
     Everything random in a step is drawn after torch was seeded with the run's seed and the step's number. So a run that is
     killed and resumed takes the same steps as one that was not, and an evaluation in between changes nothing.
@@ -162,13 +162,21 @@ class Loop:
         """Before forward pass `part` of a step: the same noise each time for it, another for any other process."""
         seed_torch(self.settings.seed, self.step, rank() + 1, part)
 
-    def update(self, loss: Tensor, tokens: int) -> None:
+    def update(self, loss: Tensor, tokens: int, **numbers: float) -> None:
         """The end of a step: gradients of all processes added up, clipping, optimizer step, report.
 
         Args:
             loss: scalar, this process's part of the step's loss; the part's gradients are already in place.
             tokens: real tokens of the whole step, for the report.
+            numbers: more for metrics.jsonl, by name.
+        Raises:
+            ValueError: a weight without a gradient, or too many steps in a row whose gradient is not finite.
         """
+        if forgotten := [name for name, parameter in self.parameters.items() if parameter.grad is None]:
+            raise ValueError(
+                f"{forgotten[0]} has no gradient ({len(forgotten)} of {len(self.parameters)} weights have none): call "
+                "loss.backward() before update, with every weight that is trained in the loss"
+            )
         loss, stop = loss.detach().clone(), loss.new_full((), float(self.stopping))
         distributed.add_up([loss, stop, *(p.grad for p in self.parameters.values())])
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
@@ -181,7 +189,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped = 0
         rate = tokens / (time.perf_counter() - self.started)
-        record = {"step": self.step + 1, "loss": loss, "lr": self.lr, "grad_norm": norm, "tokens_per_s": rate}
+        record = {"step": self.step + 1, "loss": loss, "lr": self.lr, "grad_norm": norm, "tokens_per_s": rate, **numbers}
         self._record({name: round(value, 8) for name, value in record.items()})
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {self.lr:.1e}, {rate:.0f} tokens/s", refresh=False)
         self.bar.update()

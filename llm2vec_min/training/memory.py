@@ -114,7 +114,8 @@ def plan(
     part = min(settings.micro_batch_size or share, share)
     rows = 2 * part if is_simcse else part  # of one forward pass
     tokens = rows * T
-    total = {"mntp": 1, "simcse": 2, "supervised": 3}[stage] * settings.batch_size * T
+    texts = {"simcse": 2, "supervised": 3}.get(stage, 1)  # of each row of a batch
+    total = texts * settings.batch_size * T
 
     # ---- operations: 2 per weight and token ----
     layers, q = L * count["layer"], config.num_attention_heads * config.head_dim

@@ -56,7 +56,7 @@ def embed_twins(l2v: LLM2Vec, encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
 
 
 def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
-    """One step's loss over the vectors of all processes, with its gradient added to the adapter's.
+    """One step's loss over the vectors of all processes, with its gradient added to that of the weights.
 
     The loss needs every vector of the batch, the memory of a forward pass only one part's. So, with several parts
     (GradCache, arXiv 2101.06983): all vectors first, without a graph; the gradient of the loss with respect to each
@@ -72,13 +72,13 @@ def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tens
     with torch.set_grad_enabled(parts == 1):
         mine = [embed(part) for part in range(parts)]
     vectors = distributed.gather(torch.cat(mine)).requires_grad_()  # those of all processes
-    loss = loss_of(vectors)
-    (gradient,) = torch.autograd.grad(loss, vectors)
-    gradient = gradient.chunk(world_size())[rank()]  # of this process's vectors
+    loss = loss_of(vectors) / world_size()
+    loss.backward()  # as far as the vectors, and to weights in the loss itself, if it has any
+    gradient = world_size() * vectors.grad.chunk(world_size())[rank()]  # of this process's vectors
     for part, of_vectors in enumerate(gradient.split([len(some) for some in mine])):
         again = mine[0] if parts == 1 else embed(part)
         again.backward(of_vectors)
-    return loss / world_size()
+    return loss
 
 
 @torch.no_grad()

@@ -142,6 +142,14 @@ def test_refused_where_equality_is_impossible(tmp_path, options, change, message
             export_model(l2v, tmp_path / "more", sentence_transformers=False, **more)
 
 
+def test_what_changes_the_vectors_is_mapped_or_refused(tmp_path, monkeypatch):
+    l2v = make(tmp_path)
+    said = l2v.settings() | {"prefix": True}
+    monkeypatch.setattr(LLM2Vec, "settings", lambda self: said)
+    with pytest.raises(ValueError, match="no one else would know of prefix"):
+        export_model(l2v, tmp_path / "out", sentence_transformers=False)
+
+
 def test_nothing_half_written(tmp_path, monkeypatch):
     l2v = make(tmp_path)
 

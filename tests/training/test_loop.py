@@ -16,7 +16,7 @@ from llm2vec_min.evaluation import ranks, spearman
 from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
 from llm2vec_min.training import mntp
-from llm2vec_min.training.loop import checksum
+from llm2vec_min.training.loop import Loop, checksum
 from llm2vec_min.training.mntp import held_out_score, train_mntp
 from llm2vec_min.training.output import finish_output, open_output, plan_output
 from llm2vec_min.training.settings import Settings, get_lr
@@ -446,3 +446,23 @@ def test_spearman_is_scipys():
     np.testing.assert_allclose(ranks(a), stats.rankdata(a))
     assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
     assert np.isnan(spearman(np.ones(5), b[:5]))
+
+
+def test_a_weight_without_a_gradient_is_found():
+    """`loss.backward()` forgotten, or a weight that the loss does not reach."""
+    model = torch.nn.Linear(2, 2)
+    loop = Loop(model, Settings(steps=2), quiet=True)
+    with pytest.raises(ValueError, match=r"weight has no gradient \(2 of 2 weights have none\): call loss.backward"):
+        for _ in loop:
+            loop.update(model(torch.ones(1, 2)).sum(), 1)
+
+
+def test_more_numbers_for_the_metrics(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    loop = Loop(model, Settings(steps=2), tmp_path / "run", arguments={"stage": "own"}, quiet=True)
+    for step in loop:
+        loss = model(torch.ones(1, 2)).sum()
+        loss.backward()
+        loop.update(loss, 1, scale=step + 0.5)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert [json.loads(line)["scale"] for line in lines] == [0.5, 1.5]

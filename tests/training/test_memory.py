@@ -176,3 +176,11 @@ def test_the_fastest_way_that_fits():
     assert few.micro_batch_size == 48, "never all there is: lists of negatives may bring more than the three texts of a row"
     said = fit(config, told, "mntp", 80e9, {"micro_batch_size", "gradient_checkpointing"})
     assert said == told, "what the user has said stays"
+
+
+def test_a_stage_of_ones_own_is_planned_as_one_text_a_row():
+    """On a GPU `train.py` asks before every stage."""
+    config = ModelConfig(1000, 64, 128, 2, 4, 2, 16)
+    settings = Settings(batch_size=8, max_length=32, micro_batch_size=8)
+    forward = plan(config, settings, "simcse").operations["forward"]
+    assert plan(config, settings, "distill").operations["forward"] == pytest.approx(forward / 2)

@@ -10,7 +10,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
 from llm2vec_min.training.settings import Settings
-from llm2vec_min.training.simcse import different, embed_twins, explain, info_nce, tokenize, train_simcse
+from llm2vec_min.training.simcse import backward, different, embed_twins, explain, info_nce, tokenize, train_simcse
 
 
 def by_hand(queries, candidates, temperature):
@@ -38,6 +38,19 @@ def l2v(model_folder):
     l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
     add_lora(l2v.decoder, r=4, dropout=0.1)
     return l2v
+
+
+@pytest.mark.parametrize("parts", [1, 2])
+def test_a_weight_in_the_loss_learns_too(parts):
+    """A temperature that is trained, say: as if there were no parts."""
+    texts, weight, scale = torch.randn(4, 3), torch.randn(3, 5), torch.tensor(0.3)
+    leaves = [x.clone().requires_grad_() for x in (weight, scale)]
+    vectors = texts @ leaves[0]
+    info_nce(vectors, vectors.roll(1, 0), 1.0).add(leaves[1] * vectors.square().sum()).backward()
+    weight, scale = weight.requires_grad_(), scale.requires_grad_()
+    loss_of = lambda v: info_nce(v, v.roll(1, 0), 1.0) + scale * v.square().sum()  # noqa: E731
+    backward(lambda part: texts.chunk(parts)[part] @ weight, parts, loss_of)
+    torch.testing.assert_close([weight.grad, scale.grad], [leaf.grad for leaf in leaves])
 
 
 def test_twins_differ_by_dropout_only(l2v):
