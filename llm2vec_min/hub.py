@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from os.path import expanduser
+from os.path import exists, expanduser
 from pathlib import Path
 
 from .config import PRESETS, Preset
@@ -60,7 +60,7 @@ def find_preset(name: str | Path) -> Preset | None:
         said = ("preset", "base_model_name_or_path", "exported_from")
         name = next((settings[key] for key in said if settings.get(key)), name)
     name = str(name)
-    if not Path(name).exists():
+    if not exists(name):  # no error where it is no name that a file can have
         name = name.partition("@")[0]
     return PRESETS.get(name) or next((p for p in PRESETS.values() if name == (p.model, *p.adapters)[-1]), None)
 

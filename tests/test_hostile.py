@@ -70,6 +70,7 @@ for name, fields, words in [
     ("norm eps NaN", dict(rms_norm_eps=Raw("NaN")), "NaN"),
     ("norm eps below 0", dict(rms_norm_eps=-1e-6), "rms_norm_eps is -1e-06"),
     ("theta infinite", dict(rope_parameters=None, rope_theta=Raw("1e999")), "rope_theta is inf"),
+    ("theta of 10^30", dict(rope_parameters=dict(rope_type="default", rope_theta=10**30)), "rope_theta is 1000000"),
     ("theta of 0", dict(rope_parameters=dict(rope_type="default", rope_theta=0)), "rope_theta is 0"),
     ("theta a list", dict(rope_parameters=dict(rope_type="default", rope_theta=[1])), "rope_theta is [1]"),
     ("theta of 5000 digits", dict(rope_theta=Raw("1" * 5000)), "integer"),

@@ -1,6 +1,7 @@
 """Names to folders; what the hub refuses becomes one line that says what to do."""
 
 import fnmatch
+import json
 from types import SimpleNamespace
 
 import huggingface_hub
@@ -151,3 +152,5 @@ def test_a_merged_folder_keeps_its_preset(model_folder, tmp_path):
     l2v.save(tmp_path / "said")
     assert find_preset(tmp_path / "said") is PRESETS["mistral-7b"]
     assert LLM2Vec.from_pretrained(tmp_path / "said", device="cpu").preset == "mistral-7b"
+    (tmp_path / "said" / "llm2vec_config.json").write_text(json.dumps({"exported_from": "x" * 10_000}))
+    assert find_preset(tmp_path / "said") is None, "what no file can be called"

@@ -77,12 +77,14 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
     """Makes a run's folder, once every check has passed, and notes the exact arguments in it.
 
     Raises:
-        ValueError: it cannot be written.
+        ValueError: it cannot be written, or holds a finished run or a model.
     """
     if work.name.endswith(".part") and work.is_dir():  # what an earlier try to replace a run has left
         if not is_run(work) and is_foreign(work):
             raise ValueError(f"--output: {work} is in the way and is no run of ours; move it")
         shutil.rmtree(work, ignore_errors=True)
+    if is_finished(work):
+        raise ValueError(f"{work}: holds a finished run or a model; train into another folder, or move it")
     try:
         work.mkdir(parents=True, exist_ok=True)
         (work / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint

@@ -466,3 +466,15 @@ def test_more_numbers_for_the_metrics(tmp_path):
         loop.update(loss, 1, scale=step + 0.5)
     lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
     assert [json.loads(line)["scale"] for line in lines] == [0.5, 1.5]
+
+
+def test_a_finished_run_is_not_trained_over(model_folder, tmp_path):
+    l2v, _ = train(model_folder, "mntp", tmp_path / "run")
+    finish_output(tmp_path / "run", tmp_path / "run")
+    l2v.base_model, l2v.adapters = str(model_folder), []
+    l2v.save_run(tmp_path / "run", "mntp")
+    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+    for resume in (False, True):
+        with pytest.raises(ValueError, match="holds a finished run or a model; train into another folder"):
+            train(model_folder, "mntp", tmp_path / "run", resume=resume)
+    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
