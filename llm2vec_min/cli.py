@@ -14,6 +14,8 @@ from safetensors import SafetensorError
 from .config import PRESETS
 from .device import DTYPES
 
+ROOT = str(Path(__file__).parent.parent)
+
 
 def refuse(message: str) -> NoReturn:
     """For `ArgumentParser.error`: argparse's complaint as the same one line, without the usage."""
@@ -38,15 +40,16 @@ def add_model_flags(
 
 
 def run(main: Callable[[list[str]], None]) -> None:
-    """Calls `main` with the command line's arguments. A ValueError that some check raised is a user's mistake, told in a line;
-    one that a wrong computation met is ours, and shows where."""
+    """Calls `main` with the command line's arguments. A ValueError that a check of this project raised is a user's mistake, told
+    in a line; any other is a mistake in the code, and shows where."""
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors="backslashreplace")  # a terminal or pipe that is not UTF-8 stops nothing
     try:
         main(sys.argv[1:])
     except (ValueError, OSError, SafetensorError) as error:  # a full disk is not our mistake either
-        line = traceback.extract_tb(error.__traceback__)[-1].line or "raise"  # of the source, where it is at hand
-        if isinstance(error, ValueError) and not line.startswith("raise"):
+        last = traceback.extract_tb(error.__traceback__)[-1]
+        is_check = last.filename.startswith(ROOT) and (last.line or "raise").startswith("raise")  # no source, no line
+        if isinstance(error, ValueError) and not is_check:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)

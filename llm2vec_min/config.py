@@ -57,7 +57,7 @@ class ModelConfig:
                 if type(value) is not int or not 1 <= value <= most:
                     raise ValueError(f"{name} is {short(value)}, expected a whole number from 1 to {most}")
             elif kind == "float" and not is_positive(value):
-                raise ValueError(f"{name} is {short(value)}, expected a number above 0")
+                raise ValueError(f"{name} is {short(value)}, expected a number above 0 and below 2^63")
             elif kind == "bool" and type(value) is not bool:
                 raise ValueError(f"{name} is {short(value)}, expected true or false")
             assert kind in ("int", "int | None", "float", "bool", "str", "dict"), f"{name}: no check for a field of type {kind}"
@@ -66,7 +66,7 @@ class ModelConfig:
         rope = self.rope_scaling
         for name in ROPE_TYPES[rope["rope_type"]]:
             if not is_positive(rope.get(name)):
-                raise ValueError(f"rope_scaling: {name} is {short(rope.get(name))}, expected a number above 0")
+                raise ValueError(f"rope_scaling: {name} is {short(rope.get(name))}, expected a number above 0 and below 2^63")
         if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
             raise ValueError("rope_scaling: low_freq_factor is not below high_freq_factor")
         if self.num_attention_heads % self.num_key_value_heads:

@@ -66,7 +66,7 @@ def start_process(device: str | None, patience: float | None = None) -> torch.de
     Raises:
         ValueError: a device that this machine does not have.
     """
-    if int(os.environ.get("WORLD_SIZE", 1)) == 1:
+    if started() == 1:
         return pick_device(device)
     if device in (None, "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ['LOCAL_RANK']}"
@@ -76,6 +76,14 @@ def start_process(device: str | None, patience: float | None = None) -> torch.de
     if not dist.is_initialized():
         dist.init_process_group("nccl" if picked.type == "cuda" else "gloo", timeout=patience and timedelta(hours=patience))
     return picked
+
+
+def started() -> int:
+    """How many processes `torchrun` has started, as WORLD_SIZE says; before they have found each other."""
+    said = os.environ.get("WORLD_SIZE", "1")
+    if not said.isdecimal() or int(said) < 1:
+        raise ValueError(f"WORLD_SIZE is {said!r}, expected the number of processes")
+    return int(said)
 
 
 def stop_process() -> None:

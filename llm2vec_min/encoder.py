@@ -9,7 +9,7 @@ import threading
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
-from os.path import expanduser
+from os.path import expanduser, isdir
 from pathlib import Path
 
 import numpy as np
@@ -21,7 +21,7 @@ from .config import PRESETS
 from .device import pick_device, pick_dtype
 from .files import member, new_folder, put, read_json, short, write_json
 from .hub import find_preset, resolve
-from .lora import merge_lora
+from .lora import LoRALinear, merge_lora
 from .model import Decoder
 from .pooling import POOLING_MODES, pool
 from .tokenizer import Encoded, Tokenizer
@@ -96,7 +96,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     """
     if str(name) in above:
         raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
-    preset, local = find_preset(name), Path(expanduser(name)).is_dir() and str(name) not in PRESETS
+    preset, local = find_preset(name), isdir(expanduser(name)) and str(name) not in PRESETS
     # A folder that is no bare adapter, or says itself what it stands on, is not the preset's last adapter.
     says = local and set(LINEAGE) & read_settings(Path(expanduser(name))).keys()
     bare = not local or (Path(expanduser(name), ADAPTER_CONFIG).is_file() and not says)
@@ -463,8 +463,8 @@ class LLM2Vec(nn.Module):
                 `output` is a run that this one stands on.
         """
         output, merges = Path(output), sum(getattr(module, "merges", 0) for module in self.modules())
-        config, tensors = adapter_of(self.decoder, self.base_model)
-        kept = {name.replace("base_model.model", "decoder", 1) for name in tensors}
+        adapted = [name for name, module in self.decoder.named_modules() if isinstance(module, LoRALinear)]
+        kept = {f"decoder.{name}.{child}.weight" for name in adapted for child in ("lora_A", "lora_B")}
         lost = [name for name, p in self.named_parameters() if p.requires_grad and name not in kept]
         if merges != len(self.adapters):
             raise ValueError(
@@ -473,13 +473,14 @@ class LLM2Vec(nn.Module):
             )
         if lost:
             raise ValueError(
-                f"{lost[0]} is trainable ({len(lost)} such weights), and a run keeps its adapter only: write_merged() writes the "
-                "whole decoder; what is not in it has to be saved apart"
+                f"{lost[0]} is trainable ({len(lost)} such weights), and a run keeps its adapter only: freeze it, or take it off "
+                "and save it apart; save(ANOTHER_FOLDER) writes the whole decoder"
             )
         for number, adapter in enumerate(self.adapters):
             home, place = output.resolve(), adapter.resolve()
             if place.is_relative_to(home) and place != home / "adapters" / str(number):
                 raise ValueError(f"{output}: holds an adapter that this run stands on; save the run into a folder of its own")
+        config, tensors = adapter_of(self.decoder, self.base_model)
         self.keep_adapters(output / "adapters")
         output.mkdir(parents=True, exist_ok=True)
         save_adapter(output, config, tensors)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from os.path import exists, expanduser
+from os.path import exists, expanduser, isdir, isfile, join
 from pathlib import Path
 
 from .config import PRESETS, Preset
@@ -42,10 +42,10 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
     while str(name) in PRESETS:  # one may stand on another, as tiny-mntp does on tiny
         name = PRESETS[str(name)].model
     folder = Path(expanduser(name))
-    if folder.is_dir() and str(name):
+    if isdir(folder) and str(name):
         return folder
     if not re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?", str(name)):
-        what = "is a file, expected a folder" if folder.is_file() else "is neither a folder nor a hub id (owner/name)"
+        what = "is a file, expected a folder" if isfile(folder) else "is neither a folder nor a hub id (owner/name)"
         raise ValueError(f"model {str(name)!r} {what}; presets are {', '.join(PRESETS)}")
     repo, _, revision = str(name).partition("@")
     return fetch(repo, revision or None, "model", files)
@@ -54,13 +54,16 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
 def find_preset(name: str | Path) -> Preset | None:
     """The preset of a preset's name, of its hub id (at any revision), or of a run or merged folder that was trained with one
     or whose base is one of these; without a download."""
-    path = Path(expanduser(name), "llm2vec_config.json")
-    if path.is_file():
-        settings = read_json(path)
-        said = ("preset", "base_model_name_or_path", "exported_from")
-        name = next((settings[key] for key in said if settings.get(key)), name)
     name = str(name)
-    if not exists(name):  # no error where it is no name that a file can have
+    for _ in range(9):  # a run on a merged folder, which was a run on another: not for ever, two may name each other
+        path = join(expanduser(name), "llm2vec_config.json")
+        if name in PRESETS or not isfile(path):  # unlike pathlib's, no error for what no file can be called
+            break
+        settings = read_json(path)
+        name = str(
+            next((settings[key] for key in ("preset", "base_model_name_or_path", "exported_from") if settings.get(key)), name)
+        )
+    if not exists(name):
         name = name.partition("@")[0]
     return PRESETS.get(name) or next((p for p in PRESETS.values() if name == (p.model, *p.adapters)[-1]), None)
 

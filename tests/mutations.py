@@ -77,7 +77,7 @@ MUTATIONS = [
     (f"{P}/training/simcse.py", "loss_of(vectors) / world_size()", "loss_of(vectors)", DI),
     (f"{P}/training/simcse.py", "world_size() * vectors.grad", "vectors.grad", DI),
     (f"{P}/training/simcse.py", "loss.backward()  # as far", "vectors.grad = torch.autograd.grad(loss, vectors)[0]  # as far", SI),
-    (f"{P}/training/loop.py", "if parameter.grad is None]:", "if False]:", LO),
+    (f"{P}/training/loop.py", "if len(unreached) == len(self.parameters):", "if False:", LO),
     (f"{P}/encoder.py", "self.named_parameters() if p.requires_grad and", "self.decoder.named_parameters() if p.requires_grad and", "tests/test_encoder.py"),
     (f"{P}/training/simcse.py", ".chunk(world_size())[rank()]", ".chunk(world_size())[0]", DI),
     # ---- supervised ----

@@ -524,7 +524,12 @@ def test_a_wrong_computation_shows_where(tmp_path):
     script = tmp_path / "script.py"
     for body, status, shown in (
         ("one, two, three = 1, 2", 1, "not enough values to unpack"),
-        ("raise ValueError(\n        f'{1}' 'st')", 2, "script.py: error: 1st\n"),
+        ("import numpy; numpy.stack([numpy.ones(2), numpy.ones(3)])", 1, "in main"),
+        (
+            "from llm2vec_min import LLM2Vec; LLM2Vec.from_pretrained('nowhere')",
+            2,
+            "script.py: error: model 'nowhere' is neither",
+        ),
     ):
         script.write_text(f"from llm2vec_min.cli import run\ndef main(argv):\n    {body}\nrun(main)\n")
         environment = os.environ | {"PYTHONPATH": str(ROOT)}

@@ -215,7 +215,7 @@ def test_merged_equals_unmerged(run_folders):
 def test_a_run_keeps_all_that_was_trained_or_is_refused(run_folders, tmp_path):
     mntp, _, l2v = run_folders
     l2v.decoder.norm.requires_grad_()
-    with pytest.raises(ValueError, match=r"decoder.norm.weight is trainable \(1 such weights\).*write_merged\(\)"):
+    with pytest.raises(ValueError, match=r"decoder.norm.weight is trainable \(1 such weights\).*save\(ANOTHER_FOLDER\)"):
         l2v.save_run(tmp_path / "new", "simcse")
     l2v.decoder.norm.requires_grad_(False)
     l2v.head = torch.nn.Linear(4, 4)

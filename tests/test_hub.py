@@ -152,5 +152,25 @@ def test_a_merged_folder_keeps_its_preset(model_folder, tmp_path):
     l2v.save(tmp_path / "said")
     assert find_preset(tmp_path / "said") is PRESETS["mistral-7b"]
     assert LLM2Vec.from_pretrained(tmp_path / "said", device="cpu").preset == "mistral-7b"
-    (tmp_path / "said" / "llm2vec_config.json").write_text(json.dumps({"exported_from": "x" * 10_000}))
-    assert find_preset(tmp_path / "said") is None, "what no file can be called"
+
+
+def test_a_run_on_a_merged_folder_keeps_its_preset(tmp_path):
+    for name, said in {
+        "run": {"base_model_name_or_path": str(tmp_path / "merged"), "adapters": ["."]},
+        "merged": {"exported_from": str(tmp_path / "before")},
+        "before": {"base_model_name_or_path": "tiny"},
+        "one": {"exported_from": str(tmp_path / "other")},
+        "other": {"exported_from": str(tmp_path / "one")},
+    }.items():
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "llm2vec_config.json").write_text(json.dumps(said))
+    assert find_preset(tmp_path / "run") is PRESETS["tiny"]
+    assert find_preset(tmp_path / "one") is None, "they name each other"
+
+
+@pytest.mark.parametrize("field", ["exported_from", "base_model_name_or_path"])
+def test_what_no_file_can_be_called(tmp_path, field):
+    (tmp_path / "llm2vec_config.json").write_text(json.dumps({field: "x" * 10_000, "adapters": []}))
+    assert find_preset(tmp_path) is find_preset("x" * 10_000) is None
+    with pytest.raises(ValueError):
+        find_chain("x" * 10_000)

@@ -111,3 +111,23 @@ def test_the_package_is_quick_to_start():
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert done.stdout == "[]\n", done.stdout + done.stderr
+
+
+def test_embed_needs_nothing_of_training():
+    assert not [name for name, _ in imports(FILES["embed"].read_text(), "embed") if place(name) == "training"]
+
+
+@pytest.mark.parametrize(
+    ("module", "line"),
+    [
+        ("llm2vec_min.encoder", "from .interop import export"),
+        ("llm2vec_min.encoder", "def save():\n    from .interop.export import export_model"),
+        ("llm2vec_min.encoder", "from . import training"),
+        ("llm2vec_min.evaluation.sentences", "from ..training.settings import Settings"),
+        ("llm2vec_min.model", "from .lora import LoRALinear"),
+        ("llm2vec_min.model", "from llm2vec_min import LLM2Vec"),
+    ],
+)
+def test_an_arrow_that_runs_up_is_found(module, line):
+    path = MODULES.get(module, MODULES["llm2vec_min.encoder"])
+    assert upward(path.read_text() + f"\n{line}\n", module)

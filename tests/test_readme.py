@@ -119,6 +119,18 @@ def test_a_loop_of_ones_own(tmp_path):
     done = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "runs" / "own" / "metrics.jsonl").read_text().splitlines()]
-    assert len(losses) == 3 and losses[-1] < losses[0]
+    assert len(losses) == 3 and losses[-1] < losses[0] and not list((tmp_path / "runs" / "own").glob("checkpoint*"))
+    whole = script.replace('("tiny-mntp")', '("tiny-mntp", dtype="float32")').replace(
+        "add_lora(l2v.decoder)", "l2v.decoder.requires_grad_()"
+    )
+    whole = whole.replace("settings = ", "set_attention_dropout(l2v.decoder, 0.3)\nsettings = ").replace(
+        "runs/own", "runs/whole"
+    )
+    whole = "from llm2vec_min.model import set_attention_dropout\n" + whole.replace(
+        'save_run("runs/whole", stage="own")', 'save("whole")'
+    )
+    done = subprocess.run([sys.executable, "-c", whole], cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
     before = LLM2Vec.from_pretrained("tiny-mntp", device="cpu").encode(["a text"])
-    assert np.abs(LLM2Vec.from_pretrained(tmp_path / "runs" / "own", device="cpu").encode(["a text"]) - before).max() > 0.01
+    for folder in (tmp_path / "runs" / "own", tmp_path / "whole"):
+        assert np.abs(LLM2Vec.from_pretrained(folder, device="cpu").encode(["a text"]) - before).max() > 0.01

@@ -7,6 +7,7 @@ what train.py can be told.
 
 from .loop import Loop
 from .mntp import mask_tokens, mntp_loss, train_mntp
+from .output import finish_output
 from .settings import Settings
 from .simcse import info_nce, train_simcse
 from .supervised import train_supervised
@@ -17,6 +18,7 @@ __all__ = [
     "Loop",
     "Settings",
     "Triplet",
+    "finish_output",
     "info_nce",
     "mask_tokens",
     "mntp_loss",

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import math
-import os
 from dataclasses import fields
 from importlib.util import find_spec
 from os.path import expanduser
@@ -12,7 +11,7 @@ from pathlib import Path
 
 from ..cli import refuse
 from ..config import MOST, PAPER, PRESETS, Preset
-from ..device import DTYPES
+from ..device import DTYPES, started
 from ..files import short
 from ..hub import DATASETS, find_preset
 from ..pooling import POOLING_MODES
@@ -238,7 +237,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--output {args.output}: is the --model too; a stage writes into a folder of its own")
     if args.max_length < 4:
         raise ValueError(f"--max-length is {args.max_length}, expected at least 4 tokens")
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = started()
     if args.stage == "pretrain" and processes > 1:
         raise ValueError(f"--stage pretrain runs in one process, found {processes}; start it without torchrun")
     if args.shard and processes == 1:

@@ -1,4 +1,4 @@
-"""What every stage shares and what is not the method: settings, schedule, optimizer step, resume, metrics, progress."""
+"""What every stage shares and what is not the method: optimizer step, metrics, progress, killed and resumed."""
 
 from __future__ import annotations
 
@@ -170,13 +170,14 @@ class Loop:
             tokens: real tokens of the whole step, for the report.
             numbers: more for metrics.jsonl, by name.
         Raises:
-            ValueError: a weight without a gradient, or too many steps in a row whose gradient is not finite.
+            ValueError: no weight has a gradient, or too many steps in a row have one that is not finite.
         """
-        if forgotten := [name for name, parameter in self.parameters.items() if parameter.grad is None]:
-            raise ValueError(
-                f"{forgotten[0]} has no gradient ({len(forgotten)} of {len(self.parameters)} weights have none): call "
-                "loss.backward() before update, with every weight that is trained in the loss"
-            )
+        more = {name: float(value) for name, value in numbers.items()}
+        unreached = [parameter for parameter in self.parameters.values() if parameter.grad is None]
+        if len(unreached) == len(self.parameters):
+            raise ValueError("no weight has a gradient: call loss.backward() before update")
+        for parameter in unreached:  # by this step's loss, in this process
+            parameter.grad = torch.zeros_like(parameter)
         loss, stop = loss.detach().clone(), loss.new_full((), float(self.stopping))
         distributed.add_up([loss, stop, *(p.grad for p in self.parameters.values())])
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
@@ -189,7 +190,7 @@ class Loop:
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped = 0
         rate = tokens / (time.perf_counter() - self.started)
-        record = {"step": self.step + 1, "loss": loss, "lr": self.lr, "grad_norm": norm, "tokens_per_s": rate, **numbers}
+        record = dict(step=self.step + 1, loss=loss, lr=self.lr, grad_norm=norm, tokens_per_s=rate, **more)
         self._record({name: round(value, 8) for name, value in record.items()})
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {self.lr:.1e}, {rate:.0f} tokens/s", refresh=False)
         self.bar.update()
@@ -300,6 +301,9 @@ class Loop:
         if step == 0:
             self._say(f"{self.output}: no checkpoint yet, training starts from the beginning")
             self.is_new = True
+            if self.is_main:
+                for name in (CHECKPOINT, BEFORE):  # one that is not whole
+                    (self.output / name).unlink(missing_ok=True)
             return 0
         if self.is_main:
             path, kept = self.output / METRICS, []

@@ -5,7 +5,6 @@ Counted from what autograd keeps for the backward pass, tensor by tensor, as `mo
 
 from __future__ import annotations
 
-import os
 from collections.abc import Container
 from dataclasses import dataclass, replace
 
@@ -13,7 +12,7 @@ import torch
 import torch.distributed as dist
 
 from ..config import ModelConfig
-from ..device import DTYPES, world_size
+from ..device import DTYPES, started, world_size
 from ..files import read_json, short
 from ..hub import resolve
 from ..model import SHORT
@@ -198,7 +197,7 @@ def shape_of_run(
             raise ValueError(f"{folder / wanted[1]}: base_model_name_or_path is {short(base)}, expected another model's name")
         seen.append(str(base))
     config = ModelConfig.from_folder(folder)
-    processes = int(os.environ.get("WORLD_SIZE", 1))
+    processes = started()
     on_gpu = device.startswith("cuda") if device else torch.cuda.is_available()
     size = DTYPES[dtype or ("bfloat16" if on_gpu else "float32")].itemsize
     return config, dict(size=size, processes=processes, sharded=sharded, on_gpu=on_gpu)

@@ -77,14 +77,14 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
     """Makes a run's folder, once every check has passed, and notes the exact arguments in it.
 
     Raises:
-        ValueError: it cannot be written, or holds a finished run or a model.
+        ValueError: it cannot be written, or holds a run or a model.
     """
     if work.name.endswith(".part") and work.is_dir():  # what an earlier try to replace a run has left
         if not is_run(work) and is_foreign(work):
             raise ValueError(f"--output: {work} is in the way and is no run of ours; move it")
         shutil.rmtree(work, ignore_errors=True)
-    if is_finished(work):
-        raise ValueError(f"{work}: holds a finished run or a model; train into another folder, or move it")
+    if has_checkpoint(work) or is_finished(work):
+        raise ValueError(f"{work}: holds a run or a model; go on with that run (--resume, resume=True) or take another folder")
     try:
         work.mkdir(parents=True, exist_ok=True)
         (work / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint
@@ -94,9 +94,10 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
         raise ValueError(f"--output {work}: cannot be written ({error})") from None
 
 
-def finish_output(work: Path, output: str | Path) -> None:
-    """The run's result is saved in `work`: puts it in its place, and drops the checkpoint, which is no longer needed."""
-    output = Path(output)
+def finish_output(work: str | Path, output: str | Path | None = None) -> None:
+    """The run's result is saved in `work`: puts it in its place, `output`, if that is another, and drops the checkpoint, which
+    is no longer needed."""
+    work, output = Path(work), Path(output or work)
     if work != output:
         replace_folder(work, output)
     # what a kill has left beside a file of the run (safetensors writes into .tmp files), and last the checkpoint, which

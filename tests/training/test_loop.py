@@ -448,13 +448,23 @@ def test_spearman_is_scipys():
     assert np.isnan(spearman(np.ones(5), b[:5]))
 
 
-def test_a_weight_without_a_gradient_is_found():
-    """`loss.backward()` forgotten, or a weight that the loss does not reach."""
+def test_a_forgotten_backward_is_found():
     model = torch.nn.Linear(2, 2)
     loop = Loop(model, Settings(steps=2), quiet=True)
-    with pytest.raises(ValueError, match=r"weight has no gradient \(2 of 2 weights have none\): call loss.backward"):
+    with pytest.raises(ValueError, match="no weight has a gradient: call loss.backward"):
         for _ in loop:
             loop.update(model(torch.ones(1, 2)).sum(), 1)
+
+
+def test_a_weight_that_one_steps_loss_does_not_reach():
+    """Two heads in turn: the other one waits."""
+    heads = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
+    for step in (loop := Loop(heads, Settings(steps=2, lr=0.1), quiet=True)):
+        before = [head.weight.detach().clone() for head in heads]
+        loss = heads[step](torch.ones(1, 2)).sum()
+        loss.backward()
+        loop.update(loss, 1)
+        assert [torch.equal(a, head.weight) for a, head in zip(before, heads, strict=True)] == [False, step == 0]
 
 
 def test_more_numbers_for_the_metrics(tmp_path):
@@ -463,18 +473,27 @@ def test_more_numbers_for_the_metrics(tmp_path):
     for step in loop:
         loss = model(torch.ones(1, 2)).sum()
         loss.backward()
-        loop.update(loss, 1, scale=step + 0.5)
-    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
-    assert [json.loads(line)["scale"] for line in lines] == [0.5, 1.5]
+        loop.update(loss, 1, scale=torch.tensor(step + 0.5), other=np.float32(2))
+    lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
+    assert [(line["scale"], line["other"], line["step"]) for line in lines] == [(0.5, 2, 1), (1.5, 2, 2)]
 
 
-def test_a_finished_run_is_not_trained_over(model_folder, tmp_path):
-    l2v, _ = train(model_folder, "mntp", tmp_path / "run")
-    finish_output(tmp_path / "run", tmp_path / "run")
+def test_a_run_is_not_trained_over(model_folder, tmp_path):
+    """Finished or not; a new one in its folder would go on, once resumed, from the old one's state."""
+    folder = tmp_path / "run"
+    l2v, _ = train(model_folder, "mntp", folder, settings=dict(save_every=2))
     l2v.base_model, l2v.adapters = str(model_folder), []
-    l2v.save_run(tmp_path / "run", "mntp")
-    before = {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
-    for resume in (False, True):
-        with pytest.raises(ValueError, match="holds a finished run or a model; train into another folder"):
-            train(model_folder, "mntp", tmp_path / "run", resume=resume)
-    assert before == {path.name: path.read_bytes() for path in (tmp_path / "run").iterdir() if path.is_file()}
+
+    def refused(*resumes):
+        before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+        for resume in resumes:
+            with pytest.raises(ValueError, match="holds a run or a model; go on with that run"):
+                train(model_folder, "mntp", folder, resume=resume)
+        assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
+
+    refused(False)
+    l2v.save_run(folder, "mntp")
+    refused(False)
+    finish_output(folder)
+    assert not list(folder.glob("checkpoint*"))
+    refused(False, True)
