@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from .config import PRESETS
 from .device import DTYPES
 
-ROOT = str(Path(__file__).parent.parent)
+PACKAGE = Path(__file__).resolve().parent
 
 
 def refuse(message: str) -> NoReturn:
@@ -48,7 +48,9 @@ def run(main: Callable[[list[str]], None]) -> None:
         main(sys.argv[1:])
     except (ValueError, OSError, SafetensorError) as error:  # a full disk is not our mistake either
         last = traceback.extract_tb(error.__traceback__)[-1]
-        is_check = last.filename.startswith(ROOT) and (last.line or "raise").startswith("raise")  # no source, no line
+        file = Path(last.filename).resolve()
+        is_ours = file.is_relative_to(PACKAGE) or file.parent == PACKAGE.parent  # train.py, embed.py
+        is_check = is_ours and (last.line or "raise").startswith("raise")  # without the source there is no line
         if isinstance(error, ValueError) and not is_check:
             raise
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)

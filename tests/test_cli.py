@@ -519,6 +519,15 @@ def test_exit_code_and_one_line(command):
     assert done.stderr.startswith(f"{command[0]}: error: ") and done.stderr.count("\n") == 1
 
 
+def test_one_line_through_a_link(tmp_path):
+    (tmp_path / "link").symlink_to(ROOT)
+    for command in (["embed.py"], ["train.py", "--output", "/dev/null/x"]):
+        done = subprocess.run(
+            [sys.executable, str(tmp_path / "link" / command[0]), *command[1:]], capture_output=True, text=True
+        )
+        assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+
+
 def test_a_wrong_computation_shows_where(tmp_path):
     """One line is for what a check has found; whoever changes the code and errs is told the place."""
     script = tmp_path / "script.py"
