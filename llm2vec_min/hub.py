@@ -55,11 +55,16 @@ def find_preset(name: str | Path) -> Preset | None:
     """The preset of a preset's name, of its hub id (at any revision), or of a run or merged folder that was trained with one
     or whose base is one of these; without a download."""
     name = str(name)
-    for _ in range(9):  # a run on a merged folder, which was a run on another: not for ever, two may name each other
+    for depth in range(9):  # a run on a merged folder, which was a run on another: not for ever, two may name each other
         path = join(expanduser(name), "llm2vec_config.json")
         if name in PRESETS or not isfile(path):  # unlike pathlib's, no error for what no file can be called
             break
-        settings = read_json(path)
+        try:
+            settings = read_json(path)
+        except ValueError:
+            if depth == 0:
+                raise
+            break  # what it once came from need not be whole
         name = str(
             next((settings[key] for key in ("preset", "base_model_name_or_path", "exported_from") if settings.get(key)), name)
         )

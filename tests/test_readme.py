@@ -120,15 +120,15 @@ def test_a_loop_of_ones_own(tmp_path):
     assert done.returncode == 0, done.stderr
     losses = [json.loads(line)["loss"] for line in (tmp_path / "runs" / "own" / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 3 and losses[-1] < losses[0] and not list((tmp_path / "runs" / "own").glob("checkpoint*"))
-    whole = script.replace('("tiny-mntp")', '("tiny-mntp", dtype="float32")').replace(
-        "add_lora(l2v.decoder)", "l2v.decoder.requires_grad_()"
-    )
-    whole = whole.replace("settings = ", "set_attention_dropout(l2v.decoder, 0.3)\nsettings = ").replace(
-        "runs/own", "runs/whole"
-    )
-    whole = "from llm2vec_min.model import set_attention_dropout\n" + whole.replace(
-        'save_run("runs/whole", stage="own")', 'save("whole")'
-    )
+    whole = script
+    for said, instead in {
+        '("tiny-mntp")': '("tiny-mntp", dtype="float32")',
+        "add_lora(l2v.decoder)": "l2v.decoder.requires_grad_()",
+        'save_run("runs/own", stage="own")': 'save("whole", overwrite=True)',
+        "runs/own": "runs/whole",
+    }.items():
+        assert said in whole
+        whole = whole.replace(said, instead)
     done = subprocess.run([sys.executable, "-c", whole], cwd=tmp_path, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     before = LLM2Vec.from_pretrained("tiny-mntp", device="cpu").encode(["a text"])

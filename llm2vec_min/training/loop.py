@@ -24,7 +24,7 @@ from ..device import rank, world_size
 from ..files import put, share
 from ..weights import not_finite
 from . import distributed
-from .output import BEFORE, CHECKPOINT, METRICS, open_output
+from .output import BEFORE, CHECKPOINT, METRICS, is_finished, open_output
 from .settings import Settings, get_lr
 
 SAVE_SECONDS = 120  # between checkpoints where --save-every names no steps: what a kill costs at most
@@ -82,7 +82,7 @@ class Loop:
             raise ValueError(f"--batch-size is {settings.batch_size}, which {world_size()} processes do not divide evenly")
         self.model, self.settings, self.quiet = model, settings, quiet
         self.output = None if output is None else Path(output)
-        self.arguments, self.is_new = arguments, not resume
+        self.arguments, self.is_new, self.resumed = arguments, not resume, resume
         self.is_main = rank() == 0  # who writes and reports
         self.evaluate = evaluate
         self.parameters = trainable_parameters(model)
@@ -97,7 +97,7 @@ class Loop:
             weight_decay=settings.weight_decay,
             fused=True,
         )
-        self.start = self._load_checkpoint() if resume else 0
+        self.start = self._load_checkpoint() if resume and self.output is not None else 0
         distributed.synchronize(list(self.parameters.values()))
         self.history: list[dict] = []  # what this process adds to metrics.jsonl, for notebooks
 
@@ -149,6 +149,9 @@ class Loop:
     def open(self) -> None:
         """Makes the folder of a new run; iterating does it too, once every check has passed."""
         if self.output is not None and self.is_new and self.is_main:
+            if self.resumed:  # from none that was whole
+                for name in (CHECKPOINT, BEFORE):
+                    (self.output / name).unlink(missing_ok=True)
             open_output(self.output, self.arguments)
         self.is_new = False
 
@@ -168,15 +171,17 @@ class Loop:
         Args:
             loss: scalar, this process's part of the step's loss; the part's gradients are already in place.
             tokens: real tokens of the whole step, for the report.
-            numbers: more for metrics.jsonl, by name.
+            numbers: process 0's, more for metrics.jsonl, by name.
         Raises:
-            ValueError: no weight has a gradient, or too many steps in a row have one that is not finite.
+            ValueError: no weight has a gradient, too many steps in a row have one that is not finite, or a number's name is taken.
         """
-        more = {name: float(value) for name, value in numbers.items()}
+        if taken := numbers.keys() & {"step", "lr", "grad_norm", "tokens_per_s"}:
+            raise ValueError(f"{min(taken)} is a number of the loop's own; give yours another name")
+        more = {name: float(torch.as_tensor(value).detach()) for name, value in numbers.items()}
         unreached = [parameter for parameter in self.parameters.values() if parameter.grad is None]
         if len(unreached) == len(self.parameters):
             raise ValueError("no weight has a gradient: call loss.backward() before update")
-        for parameter in unreached:  # by this step's loss, in this process
+        for parameter in unreached:  # by this step's loss in this process; its moments and weight decay still act
             parameter.grad = torch.zeros_like(parameter)
         loss, stop = loss.detach().clone(), loss.new_full((), float(self.stopping))
         distributed.add_up([loss, stop, *(p.grad for p in self.parameters.values())])
@@ -297,13 +302,14 @@ class Loop:
 
     def _load_checkpoint(self) -> int:
         """The step of the newest whole checkpoint, with its state; metrics of later steps are dropped, and a torn line."""
-        step = next((step for name in (CHECKPOINT, BEFORE) if (step := self._read_checkpoint(self.output / name))), 0)
+        if is_finished(self.output):
+            raise ValueError(f"{self.output}: holds a finished run or a model; there is nothing to go on with")
+        step = self._read_checkpoint(self.output / CHECKPOINT)
+        if step == 0 and (step := self._read_checkpoint(self.output / BEFORE)) and self.is_main:
+            (self.output / CHECKPOINT).unlink(missing_ok=True)  # or it would take the place of the whole one
         if step == 0:
             self._say(f"{self.output}: no checkpoint yet, training starts from the beginning")
             self.is_new = True
-            if self.is_main:
-                for name in (CHECKPOINT, BEFORE):  # one that is not whole
-                    (self.output / name).unlink(missing_ok=True)
             return 0
         if self.is_main:
             path, kept = self.output / METRICS, []
@@ -327,6 +333,8 @@ class Loop:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             if checksum(about.get("step", ""), tensors) != about.get("sha256"):
                 raise ValueError("its checksum is another")
+        except (OSError, MemoryError) as error:  # it may be whole
+            raise ValueError(f"{path}: cannot be read now ({error}); nothing was changed") from None
         except Exception as error:  # SafetensorError is a plain Exception
             self._say(f"{path}: not whole ({error}); the one before, if there is one, is used")
             return 0

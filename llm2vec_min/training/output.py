@@ -79,12 +79,15 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
     Raises:
         ValueError: it cannot be written, or holds a run or a model.
     """
-    if work.name.endswith(".part") and work.is_dir():  # what an earlier try to replace a run has left
+    # what an earlier try to replace a run has left
+    if work.name.endswith(".part") and work.is_dir() and work.with_name(work.name.removesuffix(".part")).is_dir():
         if not is_run(work) and is_foreign(work):
             raise ValueError(f"--output: {work} is in the way and is no run of ours; move it")
         shutil.rmtree(work, ignore_errors=True)
-    if has_checkpoint(work) or is_finished(work):
-        raise ValueError(f"{work}: holds a run or a model; go on with that run (--resume, resume=True) or take another folder")
+    if has_checkpoint(work):
+        raise ValueError(f"{work}: holds an unfinished run; go on with it (--resume, resume=True) or take another folder")
+    if is_finished(work):
+        raise ValueError(f"{work}: holds a finished run or a model; take another folder, or move it")
     try:
         work.mkdir(parents=True, exist_ok=True)
         (work / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint

@@ -457,7 +457,7 @@ def test_a_forgotten_backward_is_found():
 
 
 def test_a_weight_that_one_steps_loss_does_not_reach():
-    """Two heads in turn: the other one waits."""
+    """Two heads in turn: the other one's gradient is zero, but what Adam remembers of it still moves it."""
     heads = torch.nn.ModuleList([torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)])
     for step in (loop := Loop(heads, Settings(steps=2, lr=0.1), quiet=True)):
         before = [head.weight.detach().clone() for head in heads]
@@ -473,9 +473,11 @@ def test_more_numbers_for_the_metrics(tmp_path):
     for step in loop:
         loss = model(torch.ones(1, 2)).sum()
         loss.backward()
-        loop.update(loss, 1, scale=torch.tensor(step + 0.5), other=np.float32(2))
+        loop.update(loss, 1, scale=torch.nn.Parameter(torch.tensor(step + 0.5)), other=np.float32(2))
     lines = [json.loads(line) for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()]
     assert [(line["scale"], line["other"], line["step"]) for line in lines] == [(0.5, 2, 1), (1.5, 2, 2)]
+    with pytest.raises(ValueError, match="lr is a number of the loop's own"):
+        loop.update(loss, 1, lr=1.0)
 
 
 def test_a_run_is_not_trained_over(model_folder, tmp_path):
@@ -484,16 +486,38 @@ def test_a_run_is_not_trained_over(model_folder, tmp_path):
     l2v, _ = train(model_folder, "mntp", folder, settings=dict(save_every=2))
     l2v.base_model, l2v.adapters = str(model_folder), []
 
-    def refused(*resumes):
+    def refused(message, *resumes):
         before = {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
         for resume in resumes:
-            with pytest.raises(ValueError, match="holds a run or a model; go on with that run"):
+            with pytest.raises(ValueError, match=message):
                 train(model_folder, "mntp", folder, resume=resume)
         assert before == {path.name: path.read_bytes() for path in folder.iterdir() if path.is_file()}
 
-    refused(False)
+    refused("holds an unfinished run; go on with it", False)
     l2v.save_run(folder, "mntp")
-    refused(False)
     finish_output(folder)
     assert not list(folder.glob("checkpoint*"))
-    refused(False, True)
+    refused("holds a finished run or a model", False, True)
+    folder = folder.rename(tmp_path / "run.part")
+    refused("holds a finished run or a model", False)
+
+
+def test_damaged_checkpoints(model_folder, tmp_path, monkeypatch):
+    """One that cannot be read now stays; one that is torn makes way, never for a whole one; two torn ones for a new start."""
+    folder = tmp_path / "run"
+    train(model_folder, "mntp", folder, steps_until_killed=5, settings=dict(save_every=2))
+    new, old = folder / "checkpoint.safetensors", folder / "checkpoint-before.safetensors"
+    whole = new.read_bytes(), old.read_bytes()
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    add_lora(l2v.decoder, r=4)
+    with monkeypatch.context() as patch:
+        patch.setattr(safetensors, "safe_open", lambda *a, **k: (_ for _ in ()).throw(MemoryError("full")))
+        with pytest.raises(ValueError, match="cannot be read now .full.; nothing was changed"):
+            Loop(l2v.decoder, Settings(**QUICK), folder, resume=True, quiet=True)
+    assert (new.read_bytes(), old.read_bytes()) == whole
+    new.write_bytes(whole[0][:99])
+    loop = Loop(l2v.decoder, Settings(**QUICK), folder, resume=True, quiet=True)
+    assert loop.start == 2 and old.read_bytes() == whole[1] and not new.exists()
+    old.write_bytes(whole[1][:99])
+    _, loop = train(model_folder, "mntp", folder, resume=True)
+    assert loop.start == 0 and loop.step == 5
