@@ -333,6 +333,8 @@ class Loop:
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             if checksum(about.get("step", ""), tensors) != about.get("sha256"):
                 raise ValueError("its checksum is another")
+        except FileNotFoundError:  # process 0 has found it torn, and removed it
+            return 0
         except (OSError, MemoryError) as error:  # it may be whole
             raise ValueError(f"{path}: cannot be read now ({error}); nothing was changed") from None
         except Exception as error:  # SafetensorError is a plain Exception
