@@ -70,8 +70,9 @@ def test_the_gpus_figures_are_the_measured_ones():
             assert f"| {times} | {' / '.join(memory)} GB |" in README, row
 
 
-def test_the_encoders_are_the_measured_ones():
-    for row in json.loads((RESULTS / "encoders.json").read_text())["rows"]:
+@pytest.mark.parametrize("file", ["encoders.json", "encoders-float32.json"])
+def test_the_encoders_are_the_measured_ones(file):
+    for row in json.loads((RESULTS / file).read_text())["rows"]:
         cells = [
             f"{row['seconds']:.1f}",
             f"{row['times_ours']:.2f}",

@@ -108,7 +108,7 @@ class Models:
 
 
 def write_gguf(folder: Path, source: Path, output: Path, kind: str) -> None:
-    """A folder's weights as a GGUF file of one kind (BF16, Q8_0); all but the weights comes from `source`."""
+    """A folder's weights as a GGUF file of one kind (F32, BF16, Q8_0); all but the weights comes from `source`."""
     import gguf
 
     kept = gguf.GGUFReader(source)
@@ -139,7 +139,7 @@ def write_gguf(folder: Path, source: Path, output: Path, kind: str) -> None:
 # ---- each: loads, and returns what makes (N, C) of N texts ----
 
 
-def ours(models: Models, dtype: str = "bfloat16"):
+def ours(models: Models, dtype: str):
     return LLM2Vec.from_pretrained(models.name, device="cpu", dtype=dtype).encode
 
 
@@ -225,19 +225,21 @@ def llama_cpp(models: Models, kind: str | None = None):
     return encode
 
 
-SIDES = {
-    "llm2vec-min, bfloat16": ours,
-    "sentence-transformers, torch, bfloat16": lambda models: sentence_transformers(models, dtype=torch.bfloat16),
-    "sentence-transformers, OpenVINO": openvino,  # in bfloat16 where the CPU has it, else float32
-    "sentence-transformers, OpenVINO, float32": lambda models: openvino(models, INFERENCE_PRECISION_HINT="f32"),
-    "sentence-transformers, OpenVINO, 8-bit weights": lambda models: openvino(models, eight_bit=True),
-    "sentence-transformers, ONNX": onnx,
-    "ONNX Runtime, float32": onnx_runtime,
-    "ONNX Runtime, 8-bit": lambda models: onnx_runtime(models, eight_bit=True),
-    "llama.cpp, bfloat16": lambda models: llama_cpp(models, "BF16"),
-    "llama.cpp, Q8_0": lambda models: llama_cpp(models, "Q8_0"),
-    "llama.cpp, Q4_1 as it comes": llama_cpp,
-}
+def sides(dtype: str) -> dict:
+    """Each by its name, this package first; `dtype` is that of those which leave the choice."""
+    return {
+        f"llm2vec-min, {dtype}": lambda models: ours(models, dtype),
+        f"sentence-transformers, torch, {dtype}": lambda models: sentence_transformers(models, dtype=getattr(torch, dtype)),
+        "sentence-transformers, OpenVINO": openvino,  # in bfloat16 where the CPU has it, else float32
+        "sentence-transformers, OpenVINO, float32": lambda models: openvino(models, INFERENCE_PRECISION_HINT="f32"),
+        "sentence-transformers, OpenVINO, 8-bit weights": lambda models: openvino(models, eight_bit=True),
+        "sentence-transformers, ONNX": onnx,
+        "ONNX Runtime, float32": onnx_runtime,
+        "ONNX Runtime, 8-bit": lambda models: onnx_runtime(models, eight_bit=True),
+        f"llama.cpp, {dtype}": lambda models: llama_cpp(models, {"bfloat16": "BF16", "float32": "F32"}[dtype]),
+        "llama.cpp, Q8_0": lambda models: llama_cpp(models, "Q8_0"),
+        "llama.cpp, Q4_1 as it comes": llama_cpp,
+    }
 
 
 def reason(error: BaseException) -> str:
@@ -298,19 +300,23 @@ def main() -> None:
         "--only", nargs="+", default=[""], metavar="WORD", help="those whose name has one of these words, and ours"
     )
     parser.add_argument("--repeats", type=int, default=3, help="rounds [3]")
+    parser.add_argument(
+        "--dtype", choices=["bfloat16", "float32"], default="bfloat16", help="ours, and of those which leave the choice"
+    )
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--json", metavar="FILE", help="write the numbers here too")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     texts = make_texts(args.texts, 25, 300)  # the longest stays within 512 tokens, so that nothing is cut
-    chosen = {name: side for name, side in SIDES.items() if side is ours or any(word in name for word in args.only)}
+    own_name, *_ = available = sides(args.dtype)
+    chosen = {name: side for name, side in available.items() if name == own_name or any(word in name for word in args.only)}
     with tempfile.TemporaryDirectory() as work:
         models = Models(args.model, args.gguf, args.threads, Path(work))
         exact = ours(models, "float32")(texts)
         loaded, vectors, skipped = load_sides(models, texts, chosen)
         seconds = in_turns(loaded, texts, args.repeats)
 
-    own = seconds[next(iter(SIDES))]
+    own = seconds[own_name]
     rows = []
     for name, times in seconds.items():
         alike = cosines(vectors[name], exact)
