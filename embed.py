@@ -33,7 +33,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("texts", nargs="*", metavar="TEXT", help="texts to compare with each other")
     add_model_flags(parser, default="tiny-llm2vec")
-    parser.add_argument("--input", metavar="FILE", help='.txt (a text a line) or .jsonl (field "text"), also .gz, .xz')
+    parser.add_argument(
+        "--input", metavar="FILE", help='.txt (a text a line) or .jsonl (field "text"), also .gz, .xz; or .parquet'
+    )
     parser.add_argument("--output", metavar="X.npy", help="where to write the (N, C) float32 array; row i is line i")
     parser.add_argument("--instruction", help='put before each text and not pooled, such as "Retrieve similar texts:"')
     parser.add_argument("--pooling", choices=POOLING_MODES, help="token states to one vector [the model's own]")
@@ -41,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, help="only the first so many numbers of each vector (see train.py --matryoshka)")
     parser.add_argument("--batch-size", type=int, help="most texts per forward pass [as many as fill the device]")
     parser.add_argument("--max-length", type=int, help="tokens per text; longer ones are cut [the model's own, 512]")
-    parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own: both ways]")
+    parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own direction]")
     return parser
 
 

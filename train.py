@@ -14,6 +14,7 @@ from dataclasses import fields, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
+import numpy as np
 import torch
 
 from llm2vec_min.cli import run
@@ -56,6 +57,7 @@ from llm2vec_min.training.supervised import train_supervised
 from llm2vec_min.training.triplets import draw, read_triplets
 from llm2vec_min.weights import save_checkpoint
 
+HELD_OUT = 64  # blocks that MNTP is scored on
 FITTED = ("gradient_checkpointing", "micro_batch_size")  # the settings that are chosen for the memory at hand
 
 
@@ -151,7 +153,8 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     if args.stage == "mntp":
         blocks = pack_blocks(l2v.tokenizer, train_lines, args.max_length, "--data")
         held_out = pack_blocks(l2v.tokenizer, held_lines, args.max_length, "every 20th line of --data, held out,")
-        train_mntp(l2v, blocks, held_out[:64], settings, work, **options)
+        some = np.linspace(0, len(held_out) - 1, min(len(held_out), HELD_OUT)).astype(int)  # of every file
+        train_mntp(l2v, blocks, held_out[some], settings, work, **options)
     elif args.stage == "simcse":
         train_simcse(l2v, train_lines, settings, work, **options)
     elif args.stage == "supervised":
@@ -190,8 +193,8 @@ def main(argv: list[str]) -> None:
     if args.dry_run:
         if torch.cuda.is_available() and (args.device or "cuda").startswith("cuda"):  # what the run itself would choose here
             settings = fit_memory(args, parser, settings, argv, pick_device(args.device))
-        shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
-        print(memory.describe(memory.plan_run(*shape)))
+        asked = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
+        print(memory.describe(memory.plan_run(*asked)))
         if args.stage == "supervised":
             print("(for one hard negative of each query; with more of them there are more tokens)")
         return
@@ -215,7 +218,7 @@ def run_stage(
     """One stage from its checks to the folder that holds the result."""
     if device.type == "cuda" and args.stage != "pretrain":
         settings = fit_memory(args, parser, settings, argv, device)
-    shape = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
+    asked = (args.model, args.stage, settings, args.device, args.dtype, args.shard)
     args.dtype = str(pick_dtype(args.dtype, device)).removeprefix("torch.")
     args.data = args.data or default_data(args.stage, find_preset(args.preset or args.model))
     arguments = {name: value for name, value in vars(args).items() if name not in ("overwrite", "resume", "dry_run")}
@@ -245,7 +248,7 @@ def run_stage(
             ) from None
         if args.stage == "pretrain" or not memory.is_out_of_memory(error):
             raise
-        raise ValueError(memory.advise(memory.plan_run(*shape), device)) from None
+        raise ValueError(memory.advise(memory.plan_run(*asked), device)) from None
     barrier()
     if rank() == 0:
         finish_output(work, args.output)

@@ -26,16 +26,15 @@ def add_model_flags(
     parser: argparse.ArgumentParser,
     default: str | None = None,
     device: str = "the first GPU if there is one",
-    dtype: str = "bfloat16 on a GPU, float32 on the CPU",
 ) -> None:
-    """The flags of every command that uses an encoder: which one, and how it runs."""
+    """The flags of every command that uses an encoder: which one, and how it runs. Its complaints become one line."""
     parser.error = refuse
     shown = f" [{default}]" if default else ""
     parser.add_argument("--model", default=default, required=default is None,
                         help=f"a run's output folder, a checkpoint folder, a hub id or a preset ({', '.join(PRESETS)}){shown}")  # fmt: skip
     parser.add_argument("--adapter", action="append", default=[], metavar="DIR",
                         help="PEFT folder or hub id to merge on top; give it again for the next")  # fmt: skip
-    parser.add_argument("--dtype", choices=tuple(DTYPES), help=f"of the weights [{dtype}]")
+    parser.add_argument("--dtype", choices=tuple(DTYPES), help="of the weights [bfloat16 on a GPU, float32 on the CPU]")
     parser.add_argument("--device", help=f"cpu, cuda, mps [{device}]")
 
 

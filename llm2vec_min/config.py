@@ -11,8 +11,8 @@ from .files import member, read_json, short
 # tells families apart is where `model_type` is read: here, in `model.py`, and where `memory.py` counts parameters.
 FAMILY_DEFAULTS = {
     "llama": dict(),
-    "mistral": dict(num_key_value_heads=8, sliding_window=4096),
-    "qwen2": dict(num_key_value_heads=32, attention_bias=True),
+    "mistral": dict(num_key_value_heads=8, sliding_window=4096, max_position_embeddings=131072),
+    "qwen2": dict(num_key_value_heads=32, attention_bias=True, max_position_embeddings=32768),
 }
 REQUIRED = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
 ROPE_TYPES = {  # and the numbers that each needs
@@ -20,6 +20,8 @@ ROPE_TYPES = {  # and the numbers that each needs
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
+# A window that no text of an encoder's max_length reaches stands under this name where transformers must not see it.
+KEPT_WINDOW = "llm2vec_sliding_window"
 # Beyond the largest decoders there are: a file that says more is broken, or meant to fill the memory.
 MOST = dict(vocab_size=2**22, hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=256, num_attention_heads=1024,
             num_key_value_heads=1024, head_dim=1024)  # fmt: skip
@@ -93,22 +95,31 @@ class ModelConfig:
 
         given = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and raw[name] is not None}
         known = FAMILY_DEFAULTS[model_type] | given
+        if raw.get("num_key_value_heads", 0) is None:  # where null is not what leaving it out is
+            known["num_key_value_heads"] = raw["num_attention_heads"]
         if "sliding_window" in raw:  # null switches it off
             known["sliding_window"] = raw["sliding_window"]
+        if raw.get(KEPT_WINDOW) is not None:
+            known["sliding_window"] = raw[KEPT_WINDOW]
         if model_type == "qwen2":  # always with biases on q, k, v, and with a second switch for the window, off by default
             known["attention_bias"] = True
         types = raw.get("layer_types")
         spans = {short(kind) for kind in types} if isinstance(types, list) else {short(types)}
-        switched_off = model_type == "qwen2" and not raw.get("use_sliding_window", False)
-        if model_type == "llama" or switched_off or spans == {short("full_attention")}:  # transformers' Llama has no window
-            known["sliding_window"] = None
-        elif known.get("sliding_window") is not None:
-            if types is None and model_type == "qwen2" and raw.get("max_window_layers", 28) != 0:
-                raise ValueError(f"{source}: a sliding window on some of the layers only is not supported")
-            if types is not None and spans != {short("sliding_attention")}:
+        if model_type == "qwen2" and known.get("sliding_window") is not None:  # on the layers from max_window_layers on
+            first, layers = raw.get("max_window_layers", 28), raw["num_hidden_layers"]
+            is_on = bool(raw.get("use_sliding_window", False)) and spans != {short("full_attention")}
+            if is_on and types is None and first not in (0, layers) and not (type(first) is int and first > layers):
                 raise ValueError(
-                    f"{source}: layer_types is {short(types)}, but a window on some of the layers only is not supported"
+                    f"{source}: max_window_layers is {short(first)}, but a window on some of the layers only is not supported"
                 )
+            if not is_on or (types is None and first != 0):
+                known["sliding_window"] = None
+        if model_type == "llama":  # transformers' has no window
+            known["sliding_window"] = None
+        elif known.get("sliding_window") is not None and types is not None and spans != {short("sliding_attention")}:
+            raise ValueError(
+                f"{source}: layer_types is {short(types)}, but a window on some of the layers only is not supported"
+            )
         known.setdefault("num_key_value_heads", raw["num_attention_heads"])
         known.setdefault("head_dim", raw["hidden_size"] // max(1, raw["num_attention_heads"]))
 
@@ -116,7 +127,7 @@ class ModelConfig:
         ropes = []
         for rope in filter(None, (raw.get("rope_parameters"), raw.get("rope_scaling"))):
             if not isinstance(rope, dict):
-                raise ValueError(f"{source}: rope_scaling is {short(rope)}, expected an object")
+                raise ValueError(f"{source}: rope_parameters or rope_scaling is {short(rope)}, expected an object")
             kinds = [rope[name] for name in ("rope_type", "type") if rope.get(name) is not None] or ["default"]
             numbers = {name: value for name, value in rope.items() if name not in ("rope_type", "type") and value is not None}
             ropes.append({"rope_theta": raw.get("rope_theta", 10000.0), **numbers, "rope_type": kinds[0]})

@@ -45,7 +45,8 @@ def iter_parquet(path: Path) -> Iterator[str]:
 def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int, str]]:
     """(number from 1, line) of a text file, plain or compressed (.gz, .xz), stripped; never more than one in memory.
 
-    A line longer than MAX_LINE is cut there, and bytes that are no UTF-8 are read as \ufffd: a few of them do not end a run.
+    A line longer than MAX_LINE is cut there, and bytes that are no UTF-8 are read as \ufffd (in a cut line left out): a few do not end
+    a run.
 
     Args:
         report: print in one line at the end how many lines were empty, cut or damaged.
@@ -87,18 +88,18 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
 
 def iter_lines(path: str | Path, keep_empty: bool = False, report: bool = False) -> Iterator[str]:
     """The lines of a .txt or .jsonl file (or .json: on each line a string, or an object with "text"), plain or compressed
-    (.gz, .xz), or of a .parquet file's column "text", stripped, empty ones left out.
+    (.gz, .xz), or of a .parquet file's column "text" or "sentence", stripped, empty ones left out.
 
     Raises:
         ValueError: not a readable file of that kind; names the file and the line.
     """
     path = Path(path)
-    suffixes = [suffix.lower() for suffix in path.suffixes]
-    if suffixes[-1:] == [".parquet"]:
+    kind = next((suffix for suffix in map(str.lower, reversed(path.suffixes)) if suffix not in OPENERS), "")
+    if kind == ".parquet":
         yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
         return
     for number, line in numbered_lines(path, report):
-        if {".jsonl", ".json"} & set(suffixes) and line:
+        if kind in (".jsonl", ".json") and line:
             line = _text_of(line, f"{path}:{number}").strip()
         if keep_empty or line:
             yield line
@@ -196,7 +197,9 @@ def batches(count: int, batch_size: int, seed: int, start: int = 0, lengths=None
     """
     per_epoch = count // batch_size
     if per_epoch == 0:
-        raise ValueError(f"the data has {count} examples, fewer than one batch of {batch_size}")
+        raise ValueError(
+            f"the data has {count} examples, fewer than one batch of {batch_size}: lower --batch-size, or give more text"
+        )
     return _batches(count, batch_size, per_epoch, seed, start, lengths)
 
 

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from .config import PRESETS
+from .config import KEPT_WINDOW, PRESETS
 from .device import pick_device, pick_dtype
 from .files import member, new_folder, put, read_json, short, write_json
 from .hub import find_preset, resolve
@@ -48,7 +48,7 @@ THEIR_POOLINGS = ("eos_token", "bos_token")
 
 
 LINEAGE = ("adapters", "base_model_name_or_path", "preset")  # in llm2vec_config.json: what an encoder stands on
-SETTINGS = {  # all that is read of llm2vec_config.json: what each must be, and whether it is
+SETTINGS = {  # what an encoder takes from llm2vec_config.json: what each must be, and whether it is
     "pooling_mode": (f"one of {', '.join(POOLING_MODES)}", lambda value: value in (*POOLING_MODES, *THEIR_POOLINGS)),
     "max_length": ("a whole number from 1 on", lambda value: type(value) is int and 1 <= value < 2**31),
     "causal": ("true or false", lambda value: type(value) is bool),
@@ -97,10 +97,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     if str(name) in above:
         raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
     preset, local = find_preset(name), isdir(expanduser(name)) and str(name) not in PRESETS
-    # A folder that is no bare adapter, or says itself what it stands on, is not the preset's last adapter.
-    says = local and set(LINEAGE) & read_settings(Path(expanduser(name))).keys()
-    bare = not local or (Path(expanduser(name), ADAPTER_CONFIG).is_file() and not says)
-    if preset is not None and preset.adapters and bare:
+    if preset is not None and preset.adapters and not local:
         base, chain, settings = find_chain(preset.model, (*above, str(name)))
         last = preset.adapters[-1] if str(name) in PRESETS else name  # a hub id may name a revision
         folders = [*map(resolve, preset.adapters[:-1]), resolve(last)]
@@ -178,6 +175,7 @@ class LLM2Vec(nn.Module):
         causal: bool | None = None,
         pooling: str | None = None,
         max_length: int | None = None,
+        template: tuple[str, str] | None = None,
         dtype: str | torch.dtype | None = None,
         device: str | torch.device | None = None,
         lm_head: bool = False,
@@ -186,7 +184,7 @@ class LLM2Vec(nn.Module):
 
         Args:
             adapters: further PEFT folders or hub ids, merged on top.
-            causal, pooling, max_length: default to what the folder was saved with, else False, "mean", 512.
+            causal, pooling, max_length, template: default to what the folder was saved with, else False, "mean", 512, no template.
             dtype: of the weights: float32 or bfloat16; default: bfloat16 on a GPU, float32 on the CPU.
             device: default: the first GPU if there is one, else the CPU.
             lm_head: also load the base's output head, as `.lm_head`; MNTP needs it.
@@ -222,6 +220,12 @@ class LLM2Vec(nn.Module):
         for adapter in chain:
             load_adapter(decoder, adapter)
             merge_lora(decoder)
+        pooling = pooling or settings.get("pooling_mode", "mean")
+        if pooling in THEIR_POOLINGS:
+            raise ValueError(
+                f"{name}: its {LLM2VEC_CONFIG} says pooling_mode {pooling!r}, a special token's state, which is never pooled here; "
+                f"name another, pooling=... or --pooling, of {', '.join(POOLING_MODES)}"
+            )
         has_tokenizer = [f for f in (*reversed(chain), base_folder) if member(f, "tokenizer.json").is_file()]
         if causal is None:
             causal = settings.get("causal", False)
@@ -229,9 +233,9 @@ class LLM2Vec(nn.Module):
             decoder,
             Tokenizer(has_tokenizer[0] if has_tokenizer else base_folder),
             causal=causal,
-            pooling=pooling or settings.get("pooling_mode", "mean"),
+            pooling=pooling,
             max_length=settings.get("max_length", 512) if max_length is None else max_length,
-            template=settings.get("template", ("", "")),
+            template=settings.get("template", ("", "")) if template is None else template,
             base_model=base,
             adapters=chain,
         )
@@ -257,6 +261,9 @@ class LLM2Vec(nn.Module):
 
     def tokenize(self, texts: list, instruction: str | None = None, max_length: int | None = None) -> list[Encoded]:
         """Ids and pooled positions of each text; an item may also be an [instruction, text] pair of its own."""
+        max_length = self.max_length if max_length is None else max_length
+        if max_length < 1:
+            raise ValueError(f"max_length is {max_length}, expected at least 1 token")
         if isinstance(texts, (str, bytes, dict)):
             raise ValueError(f"expected a list of texts, found a {type(texts).__name__}: {short(texts)}")
         pairs = [(instruction, item) if isinstance(item, str) else item for item in texts]
@@ -273,7 +280,7 @@ class LLM2Vec(nn.Module):
         return self.tokenizer.encode(
             [text for _, text in pairs],
             instruction=[i or "" for i, _ in pairs],
-            max_length=max_length or self.max_length,
+            max_length=max_length,
             prefix=prefix,
             suffix=suffix,
         )
@@ -323,6 +330,8 @@ class LLM2Vec(nn.Module):
             )[0]
         if dim is not None and not 0 < dim <= self.width:
             raise ValueError(f"dim is {dim}, expected a number from 1 to {self.width}, the size of this model's vectors")
+        if batch_size is not None and batch_size < 1:
+            raise ValueError(f"batch_size is {batch_size}, expected at least 1 text")
         mode = self.pooling if pooling == "default" else pooling
         texts = texts if isinstance(texts, (bytes, dict)) else list(texts)
         tokenized = isinstance(texts, list) and bool(texts) and isinstance(texts[0], Encoded)
@@ -359,6 +368,7 @@ class LLM2Vec(nn.Module):
         digest = hashlib.sha256(json.dumps(said, sort_keys=True).encode())
         digest.update(self.tokenizer.backend.to_str().encode())
         samples = []
+        digest.update(repr([m.scaling for m in self.decoder.modules() if isinstance(m, LoRALinear)]).encode())
         for name, weight in self.decoder.state_dict().items():
             digest.update(f"{name} {weight.dtype} {tuple(weight.shape)}".encode())
             step = max(1, weight.numel() // 256) | 1  # odd, or a matrix of 2^n columns would give the same few of them
@@ -404,24 +414,24 @@ class LLM2Vec(nn.Module):
         config = Path(output) / LLM2VEC_CONFIG
         is_merged = config.is_file() and "exported_from" in read_json(config)
         if Path(output).exists() and not (overwrite and is_merged):
-            reason = "already exists; --overwrite replaces an export" if not overwrite else "exists and is no export"
-            raise ValueError(f"--output {output}: {reason}")
+            reason = "already exists; overwrite=True, or --overwrite, replaces it" if is_merged else "exists and is no export"
+            raise ValueError(f"{output}: {reason}")
 
     def write_merged(self, folder: Path, dtype: str | torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
         """Merged weights, config, tokenizer and llm2vec_config.json into an empty folder."""
         dtype = pick_dtype(dtype or self.decoder.norm.weight.dtype, self.device)
         save_checkpoint(self.decoder, folder, dtype, max_shard_bytes)
         config = self.decoder.config
-        window = config.sliding_window
-        if window is not None and self.max_length <= window:
-            window = None  # no text is long enough for it to matter, and some versions of transformers lose is_causal with it
+        window = {"sliding_window": config.sliding_window}
+        if config.sliding_window is not None and self.max_length <= config.sliding_window:
+            # no text is long enough for it to matter, and some versions of transformers lose is_causal with it
+            window = {"sliding_window": None, KEPT_WINDOW: config.sliding_window}
         name = str(dtype).removeprefix("torch.")
         # transformers >= 5.2 builds a bidirectional mask from is_causal, and from nothing else
-        changes = {"is_causal": self.causal, "sliding_window": window, "torch_dtype": name, "dtype": name}
+        changes = {"is_causal": self.causal, **window, "torch_dtype": name, "dtype": name}
         write_json(folder / "config.json", config.to_dict() | changes | {"pad_token_id": self.tokenizer.pad_id})
         self.tokenizer.save(folder)
-        preset = {"preset": self.preset} if self.preset else {}
-        write_json(folder / LLM2VEC_CONFIG, {**self.settings(), **preset, "exported_from": self.base_model})
+        write_json(folder / LLM2VEC_CONFIG, {**self.settings(), **self._recipe(), "exported_from": self.base_model})
 
     def settings(self) -> dict:
         """What llm2vec_config.json says of how this encoder reads and pools a text. Whatever else a run changes in its encoder
@@ -433,6 +443,9 @@ class LLM2Vec(nn.Module):
             "max_length": self.max_length,
             "template": list(self.template),
         }
+
+    def _recipe(self) -> dict:
+        return {"preset": self.preset} if self.preset else {}
 
     def keep_adapters(self, folder: str | Path) -> None:
         """Copies the files of the adapters that were merged, as they are now, into a folder, and takes them from there from now
@@ -490,7 +503,7 @@ class LLM2Vec(nn.Module):
             output / LLM2VEC_CONFIG,
             {
                 "base_model_name_or_path": self.base_model,
-                **({"preset": self.preset} if self.preset else {}),
+                **self._recipe(),
                 "adapters": [*names, "."],
                 "stage": stage,
                 **self.settings(),

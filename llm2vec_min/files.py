@@ -76,7 +76,7 @@ def read_json(path: str | Path) -> dict:
     return value
 
 
-def share(path: Path) -> None:
+def give_usual_mode(path: Path) -> None:
     """Gives a file or folder that safetensors or tempfile made for its owner alone the mode of any new one there."""
     beside = path.with_name(path.name + ".mode")
     with suppress(OSError):  # not every file system has modes
@@ -173,12 +173,12 @@ def new_folder(output: str | Path) -> Iterator[Path]:
         output.parent.mkdir(parents=True, exist_ok=True)
         part = Path(tempfile.mkdtemp(prefix=f".{output.name}.part-", dir=output.parent))
     except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error})") from None
+        raise ValueError(f"{output}: cannot be written ({error})") from None
     try:
-        share(part)
+        give_usual_mode(part)
         yield part
         replace_folder(part, output)
     except OSError as error:
-        raise ValueError(f"--output {output}: cannot be written ({error})") from None
+        raise ValueError(f"{output}: cannot be written ({error})") from None
     finally:
         shutil.rmtree(part, ignore_errors=True)

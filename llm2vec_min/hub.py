@@ -91,8 +91,10 @@ def resolve_data(name: str | Path) -> list[Path]:
         raise ValueError("--data: found an empty name, expected a file, a folder or a data set")
     if str(name) in DATASETS and not path.exists():
         repo, pattern = DATASETS[str(name)]
-        path = fetch(repo, None, "dataset", (pattern,))
-        return sorted(path.glob(pattern))
+        files = sorted(fetch(repo, None, "dataset", (pattern,)).glob(pattern))
+        if not files:
+            raise ValueError(f"data set {name!r}: the cache holds no {pattern} of {repo}, and without a network it stays so")
+        return files
     if path.is_dir():
         files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES))
         if not files:
@@ -111,6 +113,7 @@ def fetch(repo: str, revision: str | None, kind: str, patterns: tuple[str, ...])
     from huggingface_hub import errors as hub
 
     where = dict(repo_id=repo, repo_type=kind, revision=revision)
+    kind_flag = " --repo-type dataset" if kind == "dataset" else ""
     page = f"https://huggingface.co/{'datasets/' if kind == 'dataset' else ''}{repo}"
     try:
         if constants.is_offline_mode():
@@ -136,6 +139,6 @@ def fetch(repo: str, revision: str | None, kind: str, patterns: tuple[str, ...])
         except Exception:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ValueError(
-            f"{kind} {repo!r} could not be downloaded ({reason}); without a network, download it elsewhere with "
-            f"`hf download {repo}` and pass the folder"
+            f"{kind} {repo!r} could not be downloaded ({reason}); without a network, run "
+            f"`hf download {repo}{kind_flag}` where there is one and copy what it made under ~/.cache/huggingface/hub here"
         ) from None

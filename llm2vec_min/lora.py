@@ -77,13 +77,14 @@ def add_lora(
     Returns:
         Names of the layers that got one.
     Raises:
-        ValueError: a target that fits no linear layer, a model that has an adapter already, a rank below 1.
+        ValueError: a target that fits no linear layer, a model that has an adapter already, a rank or a dropout out of range.
     """
     if r < 1:
         raise ValueError(f"LoRA rank is {r}, expected at least 1")
+    if not 0 <= dropout < 1:
+        raise ValueError(f"LoRA dropout is {dropout}, expected at least 0 and below 1")
     if adapted := [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
         raise ValueError(f"{adapted[0]} has an adapter already; merge it first")
-    model.requires_grad_(False)
     targets = {targets} if isinstance(targets, str) else set(targets)
     chosen, used = [], set()
     for name, module in model.named_modules():
@@ -93,6 +94,7 @@ def add_lora(
             used |= hits
     if targets - used:
         raise ValueError(f"no linear layer is named {', '.join(sorted(targets - used))}")
+    model.requires_grad_(False)
     for name in chosen:
         _replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout))
     return chosen
@@ -100,7 +102,7 @@ def add_lora(
 
 def merge_lora(model: nn.Module) -> None:
     """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model. `model.merges`
-    counts these calls: `save_run` refuses a base that no longer is the checkpoint it names."""
+    counts what was merged so: `save_run` refuses a base that no longer is the checkpoint it names."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     with torch.no_grad():
         for name in names:  # names, because a list of the modules would keep each unmerged weight to the end

@@ -74,7 +74,8 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(
     padding_mask: Tensor | None, T: int, *, causal: bool, sliding_window: int | None = None, device=None
 ) -> Tensor | None:
-    """Which keys each query may see: True = visible. The only place that knows about direction.
+    """Which keys each query may see: True = visible. Every mask is built here but the plainly causal one, which `attend` asks
+    the kernel for.
 
     Args:
         padding_mask: (B, T) bool, True = real token; None when nothing is padded.

@@ -32,7 +32,8 @@ class Batch(NamedTuple):
 
 
 class Tokenizer:
-    """A checkpoint's `tokenizer.json`, giving the ids that transformers' AutoTokenizer gives.
+    """A checkpoint's `tokenizer.json`, giving the ids that transformers' AutoTokenizer gives (but for a text that begins with a
+    space, where transformers 5 rebuilds Llama 2's normalizer and no longer puts another space before it).
 
     Special tokens are added by that file's own post-processor, as in transformers 5: it says whether a text begins with
     BOS. From `tokenizer_config.json` only the names of the special tokens are taken.
@@ -191,8 +192,8 @@ class Tokenizer:
         return max(map(len, self.backend.get_vocab()), default=1)
 
     def collate(self, encoded: list[Encoded], device: torch.device | None = None) -> Batch:
-        """Rows of different lengths as one batch, padded on the left to the longest; on a GPU to a multiple of 16, which is
-        what its kernels are made for, and makes few different shapes."""
+        """Rows of different lengths as one batch, padded on the left to the longest; on a GPU, if any is padded, to a multiple
+        of 16, which is what its kernels are made for, and makes few different shapes."""
         lengths = [len(row.ids) for row in encoded]
         T = max(lengths)
         padded = min(lengths) < T

@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from .config import ModelConfig, is_positive
-from .files import locked, member, put, read_json, share, short, write_json
+from .files import give_usual_mode, locked, member, put, read_json, short, write_json
 from .lora import LoRALinear, add_lora
 from .model import Decoder, LanguageModel
 
@@ -109,7 +109,7 @@ def read_bin(path: Path) -> dict[str, Tensor]:
                 raise ValueError("its parts are larger than the file")
         state = torch.load(path, weights_only=True, mmap=True, map_location="cpu")
         if not isinstance(state, dict) or not state or not all(isinstance(key, str) for key in state):
-            raise ValueError(f"holds a {type(state).__name__} of length {len(state)}, expected named tensors")
+            raise ValueError(f"holds a {type(state).__name__}, expected named tensors")
         total = 0
         for key, tensor in state.items():
             if not isinstance(tensor, Tensor) or tensor.layout != torch.strided or tensor.device.type != "cpu":
@@ -144,12 +144,12 @@ def convert_bin(folder: Path) -> Path:
             weight_map = {}
             for path in paths:
                 name = path.stem.replace("pytorch_model", "model") + "-converted.safetensors"
-                # clone: safetensors takes no tensors that share memory, as tied embeddings do
-                tensors = {key: tensor.clone() for key, tensor in read_bin(path).items()}
+                # clone: safetensors takes no tensors that share memory, as tied embeddings do, nor transposed ones
+                tensors = {key: tensor.clone(memory_format=torch.contiguous_format) for key, tensor in read_bin(path).items()}
                 write_tensors(part / name, tensors)
                 weight_map |= dict.fromkeys(tensors, name)
             write_index(part, weight_map)
-            share(part)
+            give_usual_mode(part)
             os.replace(part, target)
     except (OSError, safetensors.SafetensorError) as error:
         if not target.is_dir():  # else another process was faster, where there are no locks
@@ -164,7 +164,7 @@ def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
     """A safetensors file, whole or not at all."""
     beside = path.with_name(path.name + ".part")
     save_file(tensors, beside, metadata={"format": "pt"})
-    share(beside)
+    give_usual_mode(beside)
     put(beside, path)
 
 
@@ -321,8 +321,9 @@ def save_adapter(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -
 def _adapted_layers(config: dict, linear: list[str], found: set[str]) -> tuple[list[str], list[str]]:
     """Of a decoder's linear layers those that an adapter_config.json names, and what it names that is not there.
 
-    As in PEFT a list holds whole names, or ends of names, which count in `layers_to_transform` only, and `exclude_modules`
-    takes some away. A pattern is not read: it stands for all layers of the kinds that are found, since fewer are another model's.
+    As in PEFT a list holds whole names, and ends of names, which stand for the layers of that end in `layers_to_transform` (all
+    if that is empty); `exclude_modules` takes some away. A pattern is not read: it stands for all layers of the kinds that are
+    found, so that an adapter which leaves some of them out is taken to be another model's.
     """
     named, excluded = config.get("target_modules"), config.get("exclude_modules") or []
     numbers = config.get("layers_to_transform")
@@ -371,7 +372,7 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     for option in UNSUPPORTED:
         if config.get(option):
             raise ValueError(f"{where}: {option} is {short(config[option])}, which is not supported")
-    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal"):
+    if config.get("init_lora_weights", True) not in (True, False, None, "gaussian", "orthogonal", "eva", "mica"):
         raise ValueError(
             f"{where}: init_lora_weights is {short(config['init_lora_weights'])}, which changes the base too; not supported"
         )

@@ -458,6 +458,22 @@ def test_pretraining_is_one_process(files, model_folder, monkeypatch):
         train.main(["--stage", "pretrain", "--data", str(files / "text.txt"), "--output", str(files / "new")])
 
 
+def test_every_file_is_held_out_in_part(files, tmp_path, monkeypatch):
+    """The blocks that MNTP is scored on are spread over all that is held out, not its beginning."""
+    (tmp_path / "a.txt").write_text("one two three\n" * 400)
+    (tmp_path / "b.txt").write_text("seven eight nine\n" * 400)
+    seen = []
+    monkeypatch.setattr(train, "HELD_OUT", 4)
+    monkeypatch.setattr(train, "train_mntp", lambda l2v, blocks, held_out, *_, **__: seen.append((l2v, held_out)))
+    monkeypatch.setattr(LLM2Vec, "save_run", lambda *_: None)
+    monkeypatch.setattr(train, "finish_output", lambda *_: None)
+    train.main(["--data", str(tmp_path / "a.txt"), str(tmp_path / "b.txt"), "--eval", "", "--max-length", "8",
+                "--output", str(tmp_path / "run"), "--device", "cpu"])  # fmt: skip
+    ((l2v, held_out),) = seen
+    texts = [l2v.tokenizer.decode(block) for block in held_out]
+    assert len(texts) == 4 and "two" in texts[0] and "eight" in texts[-1]
+
+
 def test_a_preset_is_remembered(files, model_folder, tmp_path):
     """A local copy trained with --preset keeps that recipe in its next stage."""
     train.main(["--preset", "mistral-7b", "--model", str(model_folder), "--data", str(files / "text.txt"), "--eval", "",

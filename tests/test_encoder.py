@@ -337,6 +337,36 @@ def test_bad_options(model_folder, options, message):
         LLM2Vec.from_pretrained(model_folder, **options)
 
 
+def test_no_room_is_not_the_models_own(l2v):
+    with pytest.raises(ValueError, match="max_length is 0, expected at least 1"):
+        l2v.tokenize(["a"], max_length=0)
+    with pytest.raises(ValueError, match="batch_size is -1, expected at least 1"):
+        l2v.encode(["a"], batch_size=-1)
+
+
+def test_a_template_by_hand(model_folder):
+    templated = LLM2Vec.from_pretrained(model_folder, device="cpu", template=("[INST] ", " [/INST]"))
+    assert templated.settings()["template"] == ["[INST] ", " [/INST]"]
+    assert len(templated.tokenize(["a cat"])[0].ids) > len(LLM2Vec.from_pretrained(model_folder).tokenize(["a cat"])[0].ids)
+
+
+def test_a_window_that_no_text_reaches_is_kept_for_longer_ones(tmp_path):
+    """transformers does not see it in the saved folder; this project does, and so does a run on it."""
+    make_reference("mistral-window", vocab_size=600).save_pretrained(tmp_path / "model")
+    write_tokenizer(tmp_path / "model")
+    window = json.loads((tmp_path / "model" / "config.json").read_text())["sliding_window"]
+    l2v = LLM2Vec.from_pretrained(tmp_path / "model", device="cpu", max_length=window)
+    l2v.save(tmp_path / "saved")
+    assert json.loads((tmp_path / "saved" / "config.json").read_text())["sliding_window"] is None
+    saved, before = (
+        LLM2Vec.from_pretrained(tmp_path / name, device="cpu", max_length=100, causal=False) for name in ("saved", "model")
+    )
+    assert len(saved.tokenize(TEXTS[:1])[0].ids) > window
+    np.testing.assert_allclose(saved.encode(TEXTS[:1]), before.encode(TEXTS[:1]), atol=1e-6)
+    saved.decoder.config.sliding_window = None
+    assert np.abs(saved.encode(TEXTS[:1]) - before.encode(TEXTS[:1])).max() > 1e-3
+
+
 @pytest.mark.parametrize("wrong", [[None], [5], ["a", None], [("one", "two", "three")], [["Find:", 5]]])
 def test_not_a_text(l2v, wrong):
     with pytest.raises(ValueError, match="expected a text or an .instruction, text. pair, found"):
@@ -374,6 +404,14 @@ def test_fingerprint(run_folders, model_folder, tmp_path):
     turned = LLM2Vec.from_pretrained(second, device="cpu")
     turned.decoder.config.rope_theta = 500.0
     assert len({*same, *others, templated.fingerprint(), retrained.fingerprint(), turned.fingerprint()}) == len(others) + 4
+
+
+def test_fingerprint_sees_how_far_an_adapter_counts(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    add_lora(l2v.decoder, r=2)
+    before = l2v.fingerprint()
+    l2v.decoder.layers[0].self_attn.q_proj.alpha = 1.0
+    assert l2v.fingerprint() != before
 
 
 @pytest.mark.parametrize("columns", [slice(1, None), slice(0, 1)])

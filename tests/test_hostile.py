@@ -90,7 +90,7 @@ for name, fields, words in [
     ("model type unknown", dict(model_type="gpt\nneo"), "model_type is 'gpt\\nneo'"),
     ("activation an object", dict(hidden_act={"a": 1}), "hidden_act is {'a': 1}"),
     ("window from a layer on", dict(model_type="qwen2", use_sliding_window=True, max_window_layers="x", sliding_window=4),
-     "a sliding window on some"),
+     "max_window_layers is 'x', but a window on some of the layers"),
     ("a window on some layers", dict(model_type="mistral", sliding_window=4,
      layer_types=["full_attention", "sliding_attention", "full_attention"]), "a window on some of the layers only"),
     ("layer types a word", dict(model_type="mistral", layer_types="x"), "layer_types is 'x'"),

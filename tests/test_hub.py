@@ -83,8 +83,16 @@ def test_refusals(monkeypatch, error, message):
 
 
 def test_offline_and_not_cached():
-    with pytest.raises(ValueError, match="could not be downloaded .*pass the folder"):
+    with pytest.raises(ValueError, match="could not be downloaded .*run `hf download some/model` where there is one"):
         resolve("some/model")
+    with pytest.raises(ValueError, match="run `hf download Salesforce/wikitext --repo-type dataset` where"):
+        hub.resolve_data("wikitext-103")
+
+
+def test_a_data_set_that_is_in_the_cache_in_part(monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "fetch", lambda *_: tmp_path)
+    with pytest.raises(ValueError, match="data set 'wiki1m': the cache holds no wiki1m_for_simcse.txt"):
+        hub.resolve_data("wiki1m")
 
 
 def test_data_by_name_folder_and_file(monkeypatch, tmp_path):

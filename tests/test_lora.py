@@ -76,10 +76,14 @@ def test_the_rest_is_frozen(decoder):
 
 
 def test_bad_targets(decoder):
+    decoder.norm.requires_grad_()
     with pytest.raises(ValueError, match="no linear layer is named c_attn"):
         add_lora(decoder, targets=["q_proj", "c_attn"])
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(decoder, r=0)
+    with pytest.raises(ValueError, match="dropout is 1.0, expected at least 0 and below 1"):
+        add_lora(decoder, dropout=1.0)
+    assert decoder.norm.weight.requires_grad, "what was refused changed nothing"
     assert add_lora(decoder, r=2, targets="q_proj") == [f"layers.{i}.self_attn.q_proj" for i in range(3)]
 
 

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import re
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -21,6 +22,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.data import iter_lines, pack_blocks, read_pairs
 from llm2vec_min.evaluation import sts_score
+from llm2vec_min.hub import find_preset
 from llm2vec_min.training.flags import build_parser, default_data
 from llm2vec_min.training.pretrain import next_token_loss
 from llm2vec_min.training.triplets import read_triplets
@@ -91,6 +93,17 @@ def test_shipped_adapters_are_the_ladders():
         assert l2v.causal == ("causal" in preset.split("-")) and l2v.base_model == "tiny"
         assert sts_score(l2v, TEXT / "similarity.tsv") == pytest.approx(RESULTS[rung]["0"]["shipped"], abs=0.1), preset
     assert sum(p.stat().st_size for p in (TINY / "adapters").rglob("*") if p.is_file()) < 3e6
+
+
+@pytest.mark.parametrize("preset", ["tiny-llm2vec", "tiny-supervised", "tiny-causal-simcse"])
+def test_a_shipped_adapter_is_the_same_by_any_path(preset, tmp_path, monkeypatch):
+    folder = Path(PRESETS[preset].adapters[-1])
+    shutil.copytree(folder, tmp_path / "copy")
+    monkeypatch.chdir(folder.parent)
+    expected = LLM2Vec.from_pretrained(preset, device="cpu").encode(["a cat", "it rains"])
+    for name in (str(folder), f"{folder}/", folder.name, tmp_path / "copy"):
+        np.testing.assert_array_equal(LLM2Vec.from_pretrained(name, device="cpu").encode(["a cat", "it rains"]), expected)
+        assert find_preset(name).supervised == PRESETS["tiny"].supervised
 
 
 def test_a_stage_on_top_of_a_shipped_adapter_has_the_recipe_and_data():

@@ -124,6 +124,17 @@ def test_broken_files(reference, tmp_path):
         load_decoder(tmp_path)
 
 
+def test_a_bin_of_transposed_tensors(reference, tmp_path, monkeypatch):
+    model, folder = reference("llama")
+    (tmp_path / "config.json").write_text((folder / "config.json").read_text())
+    state = {name: t.T.contiguous().T if t.ndim == 2 else t for name, t in model.state_dict().items()}
+    torch.save(state, tmp_path / "pytorch_model.bin")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    name = "layers.0.mlp.up_proj.weight"
+    assert not state[f"model.{name}"].is_contiguous()
+    assert torch.equal(load_decoder(tmp_path).state_dict()[name], state[f"model.{name}"])
+
+
 def test_bin_is_converted_once(reference, tmp_path, monkeypatch):
     """Into a cache of our own: what lies beside the .bin, in a hub cache for one, is read by other libraries too."""
     model, folder = reference("llama-tied")
@@ -188,17 +199,52 @@ def test_an_adapter_that_is_not_finite_or_lacks_what_it_says_it_has(reference, t
         load()
 
 
-def test_windows_are_those_of_transformers(reference, tmp_path):
-    """A Llama has none, whatever its file says, and layers of full attention have none."""
+FULL, SLIDING = ["full_attention"] * 3, ["sliding_attention"] * 3
+ON = dict(use_sliding_window=True, sliding_window=4)
+
+
+@pytest.mark.parametrize(
+    "variant, changes, window",
+    [
+        ("llama", dict(sliding_window=4), None),
+        ("llama", dict(sliding_window=4, layer_types=SLIDING), None),
+        ("mistral", dict(sliding_window=4), 4),
+        ("mistral", dict(sliding_window=4, layer_types=SLIDING), 4),
+        ("mistral", dict(sliding_window=None), None),
+        ("qwen2", dict(sliding_window=4, use_sliding_window=False, layer_types=None), None),
+        ("qwen2", ON | dict(max_window_layers=0, layer_types=None), 4),
+        ("qwen2", ON | dict(max_window_layers=3, layer_types=None), None),
+        ("qwen2", ON | dict(max_window_layers=28, layer_types=None), None),
+        ("qwen2", ON | dict(layer_types=FULL), None),
+        ("qwen2", ON | dict(layer_types=SLIDING), 4),
+        ("qwen2", ON | dict(num_key_value_heads=None, max_window_layers=0, layer_types=None), 4),
+    ],
+)
+def test_windows_are_those_of_transformers(tmp_path, variant, changes, window):
+    heads = {} if "num_key_value_heads" not in changes else {"num_key_value_heads": None}
+    make_reference(variant, **heads).save_pretrained(tmp_path)
+    raw = json.loads((tmp_path / "config.json").read_text()) | changes
+    (tmp_path / "config.json").write_text(json.dumps(raw))
+    theirs, ours = transformers.AutoModel.from_pretrained(tmp_path), load_decoder(tmp_path)
+    assert ours.config.sliding_window == window
+    ids, _ = random_batch(T=12)
+    with torch.no_grad():
+        expected = theirs(input_ids=ids).last_hidden_state
+        torch.testing.assert_close(ours(ids, causal=True), expected, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize(
+    "model_type, changes",
+    [
+        ("mistral", dict(layer_types=FULL)),  # transformers' Mistral has its window on them all the same
+        ("qwen2", dict(use_sliding_window=True, max_window_layers=1)),
+        ("qwen2", dict(use_sliding_window=True, layer_types=FULL[:1] + SLIDING[1:])),
+    ],
+)
+def test_a_window_on_some_layers_is_refused(reference, model_type, changes):
     raw = json.loads((reference("mistral-window")[1] / "config.json").read_text())
-    kinds = {"full_attention": None, "sliding_attention": raw["sliding_window"]}
-    for kind, window in kinds.items():
-        layers = [kind] * raw["num_hidden_layers"]
-        assert ModelConfig.from_dict(raw | {"layer_types": layers}).sliding_window == window
-    for layers in (None, ["full_attention", "sliding_attention"]):
-        assert ModelConfig.from_dict(raw | {"model_type": "llama", "layer_types": layers}).sliding_window is None
-    qwen = raw | {"model_type": "qwen2", "use_sliding_window": True, "max_window_layers": 28}
-    assert ModelConfig.from_dict(qwen | {"layer_types": ["full_attention"] * 3}).sliding_window is None
+    with pytest.raises(ValueError, match="a window on some of the layers only is not supported"):
+        ModelConfig.from_dict(raw | {"model_type": model_type} | changes)
 
 
 def test_two_ways_to_say_the_same_of_rotary_embeddings(reference):

@@ -5,7 +5,7 @@ intervals, tests); then analysis (what changes inside) and doctor (is it silentl
 """
 
 from .compare import evaluate
-from .metrics import ranks, spearman
+from .metrics import spearman
 from .sentences import cosine_scores, sts_score
 
-__all__ = ["cosine_scores", "evaluate", "ranks", "spearman", "sts_score"]
+__all__ = ["cosine_scores", "evaluate", "spearman", "sts_score"]

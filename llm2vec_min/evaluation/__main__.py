@@ -23,6 +23,7 @@ from pathlib import Path
 from ..cli import add_model_flags, run
 from ..encoder import LLM2Vec, find_chain
 from ..files import write_json
+from ..pooling import POOLING_MODES
 from .compare import KINDS, measure, plot, read_tasks, report, rungs, table
 
 
@@ -38,10 +39,10 @@ def build_parser() -> argparse.ArgumentParser:
                         help="put before these tasks' texts (queries only, where there are documents)")  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="at most N rows to test on, and N to train on, drawn at random")
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="word tasks: also the states after these layers")
-    parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own: both ways]")
-    parser.add_argument("--pooling", help="token states to one vector [the model's own]")
+    parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own direction]")
+    parser.add_argument("--pooling", choices=POOLING_MODES, help="token states to one vector [the model's own]")
     parser.add_argument("--max-length", type=int, help="tokens per text; longer ones are cut [the model's own, 512]")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass [32]")
+    parser.add_argument("--batch-size", type=int, default=32, help="most texts per forward pass [32]")
     parser.add_argument("--json", metavar="OUT.json", help="write the scores: task, metric, value, low, high")
     parser.add_argument("--plot", metavar="OUT.png", help="draw the scores as bars (needs matplotlib)")
     return parser

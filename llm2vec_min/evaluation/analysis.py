@@ -78,8 +78,12 @@ def future_margins(l2v: LLM2Vec, triples: list[tuple[str, str, str, str]] | None
 
     Returns:
         (N,) cosine of A B with A C minus that of A B with A D. 0 under a causal mask, where A sees nothing of what follows.
+    Raises:
+        ValueError: an encoder in bfloat16, whose rounding would count as knowledge.
     Source: LLM2Vec section 4.1.
     """
+    if l2v.decoder.norm.weight.dtype != torch.float32:
+        raise ValueError(f"the probe compares cosines that differ by {SAME}: load the encoder with dtype='float32'")
     margins = []
     for a, *rest in read_triples() if triples is None else triples:
         encoded = [l2v.tokenizer.encode([a], suffix=" " + r, max_length=l2v.max_length)[0] for r in rest]

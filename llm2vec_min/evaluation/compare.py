@@ -45,8 +45,8 @@ def resample(score: Score, resamples: int = RESAMPLES, seed: int = 0) -> tuple[f
 
     Returns:
         The value, and (resamples,) values on test rows drawn group by group with replacement. The same seed and groups
-        give the same rows. All nan with fewer than FEWEST groups, whose resamples are too few different ones to say
-        anything, and where the score is undefined.
+        give the same rows. The draws are all nan with fewer than FEWEST groups, whose resamples are too few different ones
+        to say anything; the value is, too, where the score is undefined.
     """
     value = score.statistic(np.arange(len(score.groups)))
     order = np.argsort(score.groups, kind="stable")
@@ -173,7 +173,8 @@ def rungs(run: str) -> dict[str, dict]:
     base, chain, settings = find_chain(run)
     if not chain:
         raise ValueError(f"--ladder {run}: expected a run's output folder, found a model without adapters")
-    common = {"name": base, "pooling": settings.get("pooling_mode"), "max_length": settings.get("max_length")}
+    names = {"pooling": "pooling_mode", "max_length": "max_length", "template": "template"}
+    common = {"name": base} | {argument: settings.get(name) for argument, name in names.items()}
     steps = {"causal": {**common, "causal": True}}
     if not settings.get("causal", False):
         steps["bidirectional"] = {**common, "causal": False}
@@ -196,7 +197,7 @@ def mean_row(measured: Measured) -> tuple[float, np.ndarray]:
     return float(np.mean([value for value, _ in firsts])), np.mean([draws for _, draws in firsts], axis=0)
 
 
-def short(tasks: Iterable[str]) -> dict[str, str]:
+def short_names(tasks: Iterable[str]) -> dict[str, str]:
     """Each task's name for a table: its kind and its file or folder, without the way there, unless that is another's too."""
     parts = {task: task.partition(":") for task in tasks}
     names = {t: f"{kind} {Path(path.split(',')[-1]).name.split('.')[0]}".strip() for t, (kind, _, path) in parts.items()}
@@ -227,7 +228,7 @@ def table(result: dict) -> str:
         if s["p"] is not None and s["p"] < 0.05
     }
     lines = ["| x 100 [95 %] | metric | " + " | ".join(models) + " |", "|---" * (len(models) + 2) + "|"]
-    names = short(result["models"][models[0]])
+    names = short_names(result["models"][models[0]])
     for task, metrics in result["models"][models[0]].items():
         for metric in metrics:
             cells = []
@@ -257,7 +258,7 @@ def plot(result: dict, path: str | Path) -> None:
         value, low, high = np.array([list(first.values()) for first in firsts], dtype=float).T  # None becomes nan
         bars = {"yerr": [np.maximum(value - low, 0), np.maximum(high - value, 0)], "error_kw": {"lw": 0.8}}
         ax.bar(np.arange(len(tasks)) + (i - (len(models) - 1) / 2) * width, value, width, label=plain(Path(name).name), **bars)
-    ax.set_xticks(range(len(tasks)), [plain(name) for name in short(tasks).values()], rotation=30, ha="right", fontsize=8)
+    ax.set_xticks(range(len(tasks)), [plain(name) for name in short_names(tasks).values()], rotation=30, ha="right", fontsize=8)
     ax.set_ylabel("score x 100, 95 % interval")
     ax.spines[["top", "right"]].set_visible(False)
     ax.legend(frameon=False, fontsize=8, ncols=3, loc="lower center", bbox_to_anchor=(0.5, 1))

@@ -15,6 +15,7 @@ Files are UTF-8, plain or compressed (.gz, .xz):
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -202,7 +203,8 @@ def logistic_regression(
     """Predicted classes of `test`, (M,), from a linear layer fitted to `train`.
 
     Every feature is scaled to mean 0 and variance 1 on the training rows, so that encoders whose vectors differ in length
-    are penalised alike. Then scikit-learn's problem: cross-entropy summed + |W|^2 / (2 C), bias free, by L-BFGS.
+    are penalised alike. Then scikit-learn's problem: cross-entropy summed + |W|^2 / (2 C), bias free, by L-BFGS. (For two classes
+    scikit-learn fits one vector, the difference of our two, whose penalty is twice theirs: there this is its 2 C.)
 
     Args:
         train, test: (N, F) and (M, F) float32.
@@ -301,9 +303,13 @@ def score_pairs(
     cosines, times = cosine_scores(l2v, first, second, batch_size, instruction), Counter(first + second)
     groups = numbered([a if times[a] >= times[b] else b for a, b in zip(first, second, strict=True)])
     formula = {"spearman": spearman, "average_precision": average_precision}[metric]
-    if metric == "average_precision" and len(set(gold)) == 1:  # --limit left one label
-        return {metric: Score(lambda rows: float("nan"), groups)}
-    return {metric: Score(lambda rows: 100 * formula(gold[rows], cosines[rows]), groups)}
+
+    def statistic(rows: np.ndarray) -> float:
+        if len(np.unique(gold[rows])) == 1:  # a resample, or what --limit left: any encoder would be right, or wrong
+            return math.nan
+        return 100 * formula(gold[rows], cosines[rows])
+
+    return {metric: Score(statistic, groups)}
 
 
 def score_classification(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:

@@ -258,7 +258,7 @@ def read_spearman(metrics: Path) -> list[float]:
 def main(argv: list[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m llm2vec_min.interop.export", description=__doc__,
                                      formatter_class=argparse.RawDescriptionHelpFormatter)  # fmt: skip
-    add_model_flags(parser, device="cpu", dtype="float32")
+    add_model_flags(parser, device="cpu")
     parser.add_argument("--output", required=True, help="folder to write")
     parser.add_argument(
         "--prompt", nargs="+", action="extend", default=[], metavar="NAME=INSTRUCTION", help='such as query="Retrieve texts:"'
@@ -276,7 +276,9 @@ def main(argv: list[str]) -> None:
             f"--prompt: the name {wrong[0]!r} is empty or there twice, expected one of its own for each instruction"
         )
     l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, device=args.device or "cpu", dtype=args.dtype)
-    spearman = [] if args.adapter else read_spearman(Path(args.model) / "metrics.jsonl")  # a run's own, for the card
+    spearman = (
+        [] if args.adapter else read_spearman(Path(args.model).expanduser() / "metrics.jsonl")
+    )  # a run's own, for the card
     export_model(
         l2v,
         args.output,

@@ -26,7 +26,7 @@ class MTEBEncoder:
 
     Args:
         instructions: by task name, before mteb's own `task.metadata.prompt`. "" gives a task none.
-        batch_size: texts per forward pass.
+        batch_size: most texts per forward pass.
     """
 
     def __init__(self, l2v: LLM2Vec, instructions: dict[str, str] | None = None, batch_size: int = 32):
@@ -75,8 +75,10 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tasks", nargs="+", action="extend", required=True, help="names of mteb tasks")
     parser.add_argument("--instructions", metavar="FILE.json", help="task name -> instruction, before mteb's own")
     parser.add_argument("--output", default="results", help="folder for mteb's results [results]")
-    parser.add_argument("--batch-size", type=int, default=32, help="texts per forward pass [32]")
+    parser.add_argument("--batch-size", type=int, default=32, help="most texts per forward pass [32]")
     args = parser.parse_args(argv)
+    if args.batch_size < 1:
+        raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
     try:
         import mteb
     except ImportError:

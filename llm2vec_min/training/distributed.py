@@ -1,16 +1,16 @@
 """Training in several processes: gradients added up, vectors gathered, the base spread over them.
 
 Each process holds the model and the whole adapter, and trains on its share of every batch. Gradients are added up once
-a step, in one message, which is what DistributedDataParallel does: an adapter is small, and so GradCache, checkpointing
-and micro-batches need no hooks. With `shard` the frozen base is spread over the processes and each layer is put
-together only while it runs.
+a step, in one message after the backward pass: an adapter is small, and so GradCache, checkpointing and micro-batches need
+none of the hooks by which DistributedDataParallel sends while it computes. With `shard` the frozen base is spread over the
+processes and each layer is put together only while it runs.
 """
 
 from __future__ import annotations
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from ..device import world_size
 from ..lora import LoRALinear
@@ -56,8 +56,8 @@ def shard(decoder: Decoder, device: torch.device) -> None:
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
 
 
-def synchronize(parameters: list[nn.Parameter]) -> None:
-    """Process 0's values for everyone: all start from the same weights."""
+def synchronize(tensors: list[Tensor]) -> None:
+    """Process 0's values for everyone, in place."""
     if world_size() > 1:
-        for parameter in parameters:
-            dist.broadcast(parameter.detach(), src=0)
+        for tensor in tensors:
+            dist.broadcast(tensor.detach(), src=0)

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..device import rank, world_size
-from ..files import put, share
+from ..files import give_usual_mode, put
 from ..weights import not_finite
 from . import distributed
 from .output import BEFORE, CHECKPOINT, METRICS, is_finished, open_output
@@ -287,7 +287,7 @@ class Loop:
                 beside,
                 metadata={"step": str(step), "sha256": checksum(str(step), tensors), "torch": torch.__version__},
             )
-            share(beside)
+            give_usual_mode(beside)
             with open(self.output / METRICS, "ab") as file:
                 os.fsync(file.fileno())
             if new.exists():
@@ -344,10 +344,10 @@ class Loop:
             self._say(
                 f"{path}: made by torch {about.get('torch')}, this is {torch.__version__}: the run goes on, not bit for bit"
             )
-        if missing := {f"parameter.{name}" for name in self.parameters} ^ {
-            key for key in tensors if key.startswith("parameter.")
-        }:
-            raise ValueError(f"{path}: has other weights than this run trains: {', '.join(sorted(missing)[:3])}")
+        ours = {f"parameter.{name}": parameter.shape for name, parameter in self.parameters.items()}
+        theirs = {key: tensor.shape for key, tensor in tensors.items() if key.startswith("parameter.")}
+        if wrong := sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key)):
+            raise ValueError(f"{path}: has other weights, or of other shapes, than this run trains: {', '.join(wrong[:3])}")
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])

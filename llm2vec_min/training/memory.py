@@ -149,7 +149,7 @@ def plan(
     }
     smaller = "a smaller --micro-batch-size"
     lower = dict.fromkeys(memory, smaller) | {
-        "weights": "--dtype bfloat16" if size == 4 else "several GPUs with torchrun and --shard",
+        "weights": "--dtype bfloat16" if size == 4 else "more GPUs" if sharded else "several GPUs with torchrun and --shard",
         **dict.fromkeys(("adapter", "its gradient", "optimizer"), "a smaller --lora-r"),
     }
     if not settings.gradient_checkpointing:
@@ -203,9 +203,9 @@ def shape_of_run(
     return config, dict(size=size, processes=processes, sharded=sharded, on_gpu=on_gpu)
 
 
-def plan_run(model: str, stage: str, settings: Settings, *shape) -> Plan:
-    """The plan of what train.py was told, from the model's config.json alone; `shape` as for `shape_of_run`."""
-    config, machine = shape_of_run(model, settings, *shape)
+def plan_run(model: str, stage: str, settings: Settings, *where) -> Plan:
+    """The plan of what train.py was told, from the model's config.json alone; `where` as the last three of `shape_of_run`."""
+    config, machine = shape_of_run(model, settings, *where)
     return plan(config, settings, stage, **machine)
 
 

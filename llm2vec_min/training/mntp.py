@@ -3,8 +3,10 @@
 Some tokens are hidden and the model, now looking both ways, has to say what they were. As in BERT, but the prediction
 for position i is read at position i - 1, because that is where this decoder has learned to keep its next token:
 
-    tokens      <s>   the    _   sat   down
-    predicts           .    cat               read from the state of "the", the position before the mask
+    position    0     1     2     3     4
+    text        <s>   the   cat   sat   down
+    input       <s>   the   _     sat   down
+    says              cat                       the state of position 1 has to name the token of position 2
 """
 
 from __future__ import annotations

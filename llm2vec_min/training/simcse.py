@@ -116,7 +116,7 @@ def train_simcse(
         settings: `attention_dropout` and `lora_dropout` make the twins differ. The other sentences of the whole batch are
             the negatives, in however many micro-batches and processes it is computed.
     Raises:
-        ValueError: fewer than two sentences, in all or in a batch.
+        ValueError: fewer than two sentences, in all or in a batch; fewer than one batch; all sentences equal.
     """
     if min(len(sentences), settings.batch_size) < 2:
         raise ValueError(
@@ -130,6 +130,8 @@ def train_simcse(
     lengths = [len(row.ids) for row in encoded]
     numbers: dict[bytes, int] = {}
     kind = np.array([numbers.setdefault(row.ids.tobytes(), len(numbers)) for row in encoded])  # equal for equal sentences
+    if len(numbers) == 1:
+        raise ValueError(f"all {len(sentences)} sentences are the same to the model: there is nothing to tell apart")
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
     order = batches(len(encoded), settings.batch_size, settings.seed, loop.start, lengths=lengths)
     set_attention_dropout(l2v.decoder, settings.attention_dropout)

@@ -1,4 +1,4 @@
-"""Stage 3, supervised contrastive training (LLM2Vec section 4): the whole method in one file.
+"""Stage 3, supervised contrastive training (LLM2Vec section 5): the whole method in one file.
 
 Each query has a positive, which answers it or says the same, and perhaps hard negatives, which only look like it. The loss
 is SimCSE's, with the positive where the twin was: to find it among the positives and hard negatives of the whole batch.
@@ -18,6 +18,7 @@ from torch import Tensor
 from ..device import rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..pooling import pool
+from .distributed import synchronize
 from .loop import Loop
 from .settings import Settings
 from .simcse import backward, info_nce
@@ -93,6 +94,9 @@ def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float, max_le
         rows = triplets[start : start + 512]
         vectors = l2v.encode(l2v.tokenize(flatten(rows), max_length=max_length), normalize=True)
         cosines = np.einsum("nc,nc->n", vectors[owners(rows)], vectors[len(rows) :])  # of every candidate with its query
+        agreed = to_device(torch.from_numpy(cosines), l2v.device)
+        synchronize([agreed])  # one rounding in another process, and their batches would no longer be of one size
+        cosines = agreed.cpu().numpy()
         negatives = iter(cosines[len(rows) :])
         for t, positive in zip(rows, cosines, strict=False):
             kept.append(t._replace(negatives=tuple(text for text in t.negatives if next(negatives) <= share * positive)))

@@ -71,6 +71,11 @@ def test_future_margins(l2v):
     np.testing.assert_allclose(margins, by_hand, atol=1e-5)
 
 
+def test_the_probe_refuses_what_rounds_more_than_it_tells_apart():
+    with pytest.raises(ValueError, match="load the encoder with dtype='float32'"):
+        analysis.future_margins(LLM2Vec.from_pretrained("tiny", device="cpu", dtype="bfloat16"))
+
+
 def test_the_paired_test_on_the_probe():
     blind, knowing = np.zeros(144), np.where(np.arange(144) % 5 == 0, -0.1, 0.1)
     scores = [compare.resample(analysis.future_score(m)) for m in (blind, knowing)]

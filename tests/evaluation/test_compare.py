@@ -1,6 +1,7 @@
 """Intervals against formulas and simulation, the paired test, the ladder of a run."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -97,7 +98,7 @@ def test_a_handful_of_rows_has_no_interval():
         assert shown["value"] == pytest.approx(100 * np.linspace(0.5, 0.9, n).mean()) and step["difference"] > 0
         enough = n == compare.FEWEST
         assert (shown["low"] is not None) == enough and (step["p"] is not None) == enough
-    assert compare.short(["sts:x/a.tsv", "sts:y/a.tsv", "words:b.x,c.y", "mean"]) == {
+    assert compare.short_names(["sts:x/a.tsv", "sts:y/a.tsv", "words:b.x,c.y", "mean"]) == {
         "sts:x/a.tsv": "sts:x/a.tsv", "sts:y/a.tsv": "sts:y/a.tsv", "words:b.x,c.y": "words c", "mean": "mean"}  # fmt: skip
     models = {name: {"sts:a": {"spearman": (50.0, np.full(9, np.nan))}} for name in "AB"}
     assert compare.table(compare.report(models)).splitlines()[-1] == "| sts a | spearman | 50.0 | 50.0 |"
@@ -119,6 +120,22 @@ def test_the_resamples_depend_on_the_task_not_on_its_folder():
     assert list(seeds(here).values()) == list(seeds(there).values()) and len(set(seeds(here).values())) == 2
     namesakes = ["retrieval:scifact/test", "retrieval:nfcorpus/test", "pairs:a.tsv", "sts:a.tsv"]
     assert len(set(seeds(namesakes).values())) == 4
+
+
+def test_a_resample_of_one_label_has_no_precision(tmp_path, monkeypatch):
+    """3 of 60 pairs are the same: a resample without any would score 0 for each encoder, and none would be better."""
+    (tmp_path / "p.tsv").write_text("".join(f"{int(i < 3)}\ta{i}\tb{i}\n" for i in range(60)))
+    data = sentences.read_binary_pairs(tmp_path / "p.tsv")
+    measured = []
+    for sign in (-1, 1):
+        cosines = sign * np.linspace(1, 0, 60)
+        monkeypatch.setattr(sentences, "cosine_scores", lambda *_, cosines=cosines: cosines)
+        score = sentences.score_pairs(None, data, None, None, 32, "average_precision")["average_precision"]
+        measured.append(compare.resample(score))
+    assert 20 < np.isnan(measured[0][1]).sum() < 80  # (57 / 60)^60 = 4.6 % of 1,000
+    found = compare.interval(*measured[1])
+    assert found == {"value": 100, "low": 100, "high": 100}
+    assert compare.paired(*measured)["p"] < 0.01
 
 
 def test_undefined():
@@ -147,6 +164,16 @@ def runs(tmp_path_factory):
     simcse, causal = stage(mntp, "simcse", "simcse", pooling="max"), stage("tiny", "causal", "simcse", causal=True)
     (folder / "p.tsv").write_text("".join(f"{s}\t{a}\t{b}\n" for s, a, b in zip(GOLD, FIRST, SECOND, strict=True)))
     return folder, mntp, simcse, causal
+
+
+def test_every_rung_has_the_runs_template(runs, tmp_path):
+    """A local copy of a model is in no preset; what its run was trained with stands in the run alone."""
+    run = shutil.copytree(runs[2], tmp_path / "run")
+    path = run / "llm2vec_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"template": ["[INST] ", " [/INST]"]}))
+    assert {LLM2Vec.from_pretrained(**options, device="cpu").template for options in compare.rungs(str(run)).values()} == {
+        ("[INST] ", " [/INST]")
+    }
 
 
 def test_ladder(runs, tmp_path, capsys):

@@ -10,7 +10,7 @@ import transformers
 from test_weights import LORA, randomize
 
 from conftest import TEXTS, make_reference, run_reference, write_tokenizer
-from llm2vec_min import LLM2Vec
+from llm2vec_min import LLM2Vec, hub
 from llm2vec_min.config import PRESETS, Preset
 from llm2vec_min.encoder import find_chain
 
@@ -47,11 +47,11 @@ def check(l2v, states):
 def test_chain_by_hand_and_by_preset(published, monkeypatch):
     folder, states = published
     check(LLM2Vec.from_pretrained(folder / "mntp", adapters=[folder / "simcse"], device="cpu"), states)
-    preset = Preset(str(folder / "mntp"), adapters=(str(folder / "simcse"),))
-    monkeypatch.setitem(PRESETS, "llm2vec-mine", preset)
+    monkeypatch.setattr(hub, "fetch", lambda repo, *_: folder / repo.partition("/")[2])
+    monkeypatch.setitem(PRESETS, "llm2vec-mine", Preset("authors/mntp", adapters=("authors/simcse",)))
     check(LLM2Vec.from_pretrained("llm2vec-mine", device="cpu"), states)
     # the second adapter's own name also means the chain: alone it would stand on the wrong base
-    check(LLM2Vec.from_pretrained(str(folder / "simcse"), device="cpu"), states)
+    check(LLM2Vec.from_pretrained("authors/simcse", device="cpu"), states)
 
 
 def test_a_folder_that_says_what_it_stands_on_is_not_the_presets_adapter(published, monkeypatch, tmp_path):
@@ -79,7 +79,7 @@ def test_their_settings_are_read(published):
     assert (l2v.pooling, l2v.max_length, l2v.causal) == ("last", 99, False)
     for other in ("eos_token", "bos_token"):  # of tokens that no pooling here reads
         (folder / "mntp" / "llm2vec_config.json").write_text(json.dumps(their | {"pooling_mode": other}))
-        with pytest.raises(ValueError, match=f"pooling is '{other}', expected one of mean"):
+        with pytest.raises(ValueError, match=f"says pooling_mode '{other}', a special token's state"):
             LLM2Vec.from_pretrained(folder / "mntp", device="cpu")
         assert LLM2Vec.from_pretrained(folder / "mntp", device="cpu", pooling="max").pooling == "max"
 

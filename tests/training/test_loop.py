@@ -1,5 +1,6 @@
 """Schedule, loop, resume; both stages reproduce exactly and learn something."""
 
+import gzip
 import json
 import sys
 
@@ -12,7 +13,6 @@ from safetensors.torch import load_file, save_file
 from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
-from llm2vec_min.evaluation import ranks, spearman
 from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
 from llm2vec_min.training import mntp
@@ -234,7 +234,7 @@ def test_checkpoint_of_another_torch_or_run(model_folder, tmp_path, monkeypatch,
     tensors = {name.replace("q_proj", "x_proj"): t for name, t in load_file(path).items()}
     about = {"step": "4", "sha256": checksum("4", tensors), "torch": "9.9.0"}
     save_file(tensors, path, metadata=about)
-    with pytest.raises(ValueError, match="checkpoint.safetensors: has other weights than this run trains: parameter.layers"):
+    with pytest.raises(ValueError, match="checkpoint.safetensors: has other weights, or of other shapes, than this run trains: parameter.layers"):
         train(model_folder, "mntp", tmp_path, resume=True)
 
 
@@ -316,7 +316,6 @@ def test_held_out_logits_are_made_in_pieces_as_in_training(model_folder, monkeyp
 
 
 def test_lines(tmp_path):
-    import gzip
     import lzma
 
     (tmp_path / "a.txt").write_text("one\n\n  two  \n")
@@ -350,6 +349,14 @@ def test_utf_16_is_refused(tmp_path):
     (tmp_path / "a.txt").write_text("A cat sat down.\n" * 200, encoding="utf-16")
     with pytest.raises(ValueError, match="a.txt: is UTF-16, expected UTF-8"):
         read_lines([tmp_path / "a.txt"])
+
+
+def test_the_last_suffix_says_what_a_file_is(tmp_path):
+    (tmp_path / "wiki.json.txt").write_text("not JSON")
+    assert list(iter_lines(tmp_path / "wiki.json.txt")) == ["not JSON"]
+    with gzip.open(tmp_path / "a.b.JSON.gz", "wt") as file:
+        file.write('{"text": "one"}')
+    assert list(iter_lines(tmp_path / "a.b.JSON.gz")) == ["one"]
 
 
 def test_parquet(tmp_path, monkeypatch):
@@ -426,7 +433,7 @@ def test_batches_cover_an_epoch_and_resume():
     assert not np.array_equal(first[0], first[3])
     again = batches(10, 3, seed=0, start=5)
     np.testing.assert_array_equal(next(again), first[5])
-    with pytest.raises(ValueError, match="2 examples, fewer than one batch of 3"):
+    with pytest.raises(ValueError, match="2 examples, fewer than one batch of 3: lower --batch-size"):
         batches(2, 3, seed=0)
 
 
@@ -439,13 +446,21 @@ def test_batches_of_similar_length():
     assert grouped < plain / 5
 
 
-def test_spearman_is_scipys():
-    stats = pytest.importorskip("scipy.stats")
-    rng = np.random.default_rng(0)
-    a, b = rng.integers(0, 6, 200) / 2, rng.normal(size=200)
-    np.testing.assert_allclose(ranks(a), stats.rankdata(a))
-    assert spearman(a, b) == pytest.approx(stats.spearmanr(a, b).statistic)
-    assert np.isnan(spearman(np.ones(5), b[:5]))
+def test_a_checkpoint_of_another_rank_is_refused(tmp_path):
+    """Copied as it is, one row would be spread over all."""
+
+    def loop(rank, **options):
+        model = torch.nn.ModuleDict({"lora_A": torch.nn.Linear(4, rank, bias=False)})
+        return Loop(model, Settings(steps=4, save_every=1), tmp_path / "run", arguments={"stage": "own"}, quiet=True, **options)
+
+    for step in (first := loop(1)):
+        first.model["lora_A"](torch.ones(1, 4)).sum().backward()
+        first.update(torch.tensor(1.0), 1)
+        if step == 2:
+            break
+    with pytest.raises(ValueError, match="other weights, or of other shapes, than this run trains: parameter.lora_A.weight"):
+        loop(3, resume=True)
+    assert loop(1, resume=True).start == 2
 
 
 def test_a_forgotten_backward_is_found():

@@ -104,6 +104,11 @@ def test_equal_sentences_are_not_negatives(l2v, monkeypatch):
     assert seen[0].sum() == 16 - 2, "training asks for it"
 
 
+def test_sentences_that_are_all_one(l2v):
+    with pytest.raises(ValueError, match="all 2 sentences are the same to the model: there is nothing to tell apart"):
+        train_simcse(l2v, ["the cat sat"] * 4, Settings(steps=1, batch_size=2), quiet=True)
+
+
 def test_dropout_ends_with_the_training_even_if_it_fails(l2v):
     def fail():
         raise KeyboardInterrupt

@@ -182,6 +182,15 @@ def test_gradcache_takes_the_same_steps(model_folder, size):
         torch.testing.assert_close(weights[1][1][name], expected, atol=1e-5, rtol=1e-4)
 
 
+def test_all_processes_filter_by_the_cosines_of_the_first(l2v, monkeypatch):
+    """One rounding apart, and their batches would not be of one size."""
+    triplets = some_triplets(9)
+    own = filter_negatives(l2v, triplets, 0.95)
+    monkeypatch.setattr(supervised, "synchronize", lambda tensors: [tensor.fill_(0.5) for tensor in tensors])
+    told = filter_negatives(l2v, triplets, 0.95)
+    assert own != triplets and all(not t.negatives for t in told), "0.5 is above 95 % of 0.5"
+
+
 def test_filter_drops_what_is_nearer_than_its_share_of_the_positive(l2v):
     triplets = some_triplets(9)
     triplets[0] = Triplet("a cat sat", "a cat sat down", ("a cat sat", "1984", "a cat sat down here"))
