@@ -85,9 +85,9 @@ def read_settings(folder: Path) -> dict:
 def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list[Path], dict]:
     """What a name stands for: (base model, adapters to apply in order, settings of llm2vec_config.json).
 
-    A run of this project lists its adapters, the earlier stages' first. A bare PEFT folder, as the authors publish
-    them, names its base, which may again be such a folder. Their second adapters do not say that they stand on the first:
-    for these the preset does. Anything else is a base by itself.
+    A run of this project lists its adapters, the earlier stages' first; the folder of one of these is that stage. A bare
+    PEFT folder, as the authors publish them, names its base, which may again be such a folder. Their second adapters do not say
+    that they stand on the first: for these the preset does. Anything else is a base by itself.
 
     Args:
         above: the adapters' names that led here.
@@ -108,6 +108,11 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         settings = {"template": list(preset.template)} | settings
     if "adapters" in settings:
         return settings["base_model_name_or_path"], [member(folder, name) for name in settings["adapters"]], settings
+    run = folder.resolve().parent.parent
+    names = read_settings(run).get("adapters", []) if folder.resolve().parent == run / "adapters" else []
+    if (own := f"adapters/{folder.resolve().name}") in names:  # an earlier stage of a run, which stands on those before it
+        earlier = names[: names.index(own) + 1]
+        return read_settings(run)["base_model_name_or_path"], [member(run, name) for name in earlier], read_settings(run)
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_json(member(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
         if (folder / "config.json").is_file():

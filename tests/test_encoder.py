@@ -176,6 +176,20 @@ def test_run_chain(run_folders):
     assert np.abs(before - expected.encode(TEXTS[:1])).max() > 1e-2
 
 
+def test_an_earlier_stage_of_a_run_by_its_folder(run_folders, tmp_path, monkeypatch):
+    """Alone on the base it would be another model, without a word."""
+    _, second, _ = run_folders
+    l2v = LLM2Vec.from_pretrained(second, device="cpu")
+    add_lora(l2v.decoder, r=2)
+    randomize(l2v.decoder, 7)
+    l2v.save_run(tmp_path / "third", stage="supervised")
+    expected = LLM2Vec.from_pretrained(second, device="cpu").encode(TEXTS)
+    for name in (tmp_path / "third" / "adapters" / "1", "1"):
+        monkeypatch.chdir(tmp_path / "third" / "adapters")
+        np.testing.assert_array_equal(LLM2Vec.from_pretrained(name, device="cpu").encode(TEXTS), expected)
+    assert np.abs(LLM2Vec.from_pretrained(tmp_path / "third", device="cpu").encode(TEXTS) - expected).max() > 1e-3
+
+
 def test_run_can_be_moved(run_folders, tmp_path):
     mntp, simcse, expected = run_folders
     moved = tmp_path / "elsewhere" / "model"

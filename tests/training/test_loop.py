@@ -234,7 +234,10 @@ def test_checkpoint_of_another_torch_or_run(model_folder, tmp_path, monkeypatch,
     tensors = {name.replace("q_proj", "x_proj"): t for name, t in load_file(path).items()}
     about = {"step": "4", "sha256": checksum("4", tensors), "torch": "9.9.0"}
     save_file(tensors, path, metadata=about)
-    with pytest.raises(ValueError, match="checkpoint.safetensors: has other weights, or of other shapes, than this run trains: parameter.layers"):
+    with pytest.raises(
+        ValueError,
+        match="checkpoint.safetensors: has other weights, or of other shapes, than this run trains: parameter.layers",
+    ):
         train(model_folder, "mntp", tmp_path, resume=True)
 
 
