@@ -198,8 +198,9 @@ class LLM2Vec(nn.Module):
         """
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)
-        if dtype == torch.bfloat16 and device.type == "cpu" and torch.backends.cpu.get_cpu_capability() == "AVX2":
-            warnings.warn("bfloat16 on a CPU that has no instructions for it: float32 is many times faster", stacklevel=2)
+        without = torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_avx512_bf16_supported()
+        if dtype == torch.bfloat16 and device.type == "cpu" and without:
+            warnings.warn("bfloat16 on a CPU that has no instructions for it: float32 is several times faster", stacklevel=2)
         base, chain, settings = find_chain(name)
         for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
             chain.append(resolve(adapter))

@@ -351,6 +351,17 @@ def test_bad_options(model_folder, options, message):
         LLM2Vec.from_pretrained(model_folder, **options)
 
 
+@pytest.mark.parametrize(
+    "capability, has, warns", [("AVX2", False, 1), ("AVX512", False, 1), ("AVX512", True, 0), ("NEON", False, 0)]
+)
+def test_bfloat16_without_instructions_warns(model_folder, monkeypatch, recwarn, capability, has, warns):
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: capability)
+    monkeypatch.setattr(torch.cpu, "_is_avx512_bf16_supported", lambda: has)
+    for dtype in ("bfloat16", "float32"):
+        LLM2Vec.from_pretrained(model_folder, device="cpu", dtype=dtype)
+    assert sum("float32 is several times faster" in str(w.message) for w in recwarn) == warns
+
+
 def test_no_room_is_not_the_models_own(l2v):
     with pytest.raises(ValueError, match="max_length is 0, expected at least 1"):
         l2v.tokenize(["a"], max_length=0)
