@@ -26,7 +26,8 @@ PAIRS = ROOT / "llm2vec_min" / "assets" / "text" / "similarity.tsv"
 
 @torch.no_grad()
 def layer_scores(model: str, causal: bool) -> list[float]:
-    """Of what enters each layer (the embeddings first) and of the final states; mean pooling, shipped pairs."""
+    """Of what enters each layer (the embeddings first) and of the final states, all read through the final norm, or the last
+    would be treated in another way; mean pooling, shipped pairs."""
     l2v = LLM2Vec.from_pretrained(model, causal=causal)
     gold, first, second = read_pairs(PAIRS)
     texts = list(dict.fromkeys(first + second))
@@ -36,8 +37,8 @@ def layer_scores(model: str, causal: bool) -> list[float]:
     vectors = torch.zeros(layers, len(texts), l2v.decoder.config.hidden_size)
     for rows in sorted_batches([len(e.ids) for e in encoded], 32, 1024):
         batch = l2v.tokenizer.collate([encoded[i] for i in rows], l2v.device)
-        states = l2v.decoder(batch.input_ids, batch.padding_mask, causal=causal, all_layers=True)
-        for layer, state in enumerate(states):
+        *states, last = l2v.decoder(batch.input_ids, batch.padding_mask, causal=causal, all_layers=True)
+        for layer, state in enumerate((*map(l2v.decoder.norm, states), last)):
             vectors[layer, rows] = pool(state, batch.pool_mask).cpu()
     scores = []
     for layer in F.normalize(vectors, dim=-1).numpy():
