@@ -1,4 +1,4 @@
-"""From the states of a text's tokens to one vector. Always in float32: bfloat16 sums would depend on the batch."""
+"""From the states of a text's tokens to one vector. Always in float32: bfloat16 would round weights and vector to 2 or 3 digits."""
 
 from __future__ import annotations
 
