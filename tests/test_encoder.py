@@ -11,12 +11,14 @@ import pytest
 import torch
 import transformers
 from test_weights import randomize
+from tokenizers import normalizers
 
 from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora, merge_lora
 from llm2vec_min.pooling import POOLING_MODES
 from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.weights import adapter_of, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -474,3 +476,52 @@ def test_batches_are_cut_by_tokens(l2v, monkeypatch):
     l2v.encode(texts, batch_size=2)
     assert max(rows for rows, _ in passes) == 2
     l2v.decoder._forward_pre_hooks.clear()
+
+
+def bare(folder, base, seed, **settings):
+    """A PEFT folder as others publish it, over a base."""
+    l2v = LLM2Vec.from_pretrained(base, device="cpu")
+    add_lora(l2v.decoder, r=2)
+    randomize(l2v.decoder, seed)
+    folder.mkdir()
+    save_adapter(folder, *adapter_of(l2v.decoder, str(base)))
+    (folder / "llm2vec_config.json").write_text(json.dumps(settings))
+    return folder
+
+
+def test_a_bare_adapters_own_settings_and_tokenizer_win(model_folder, tmp_path):
+    first = bare(tmp_path / "first", model_folder, 1, pooling_mode="max", max_length=33)
+    second = bare(tmp_path / "second", first, 2, pooling_mode="last_token")
+    l2v = LLM2Vec.from_pretrained(second, device="cpu")
+    assert (l2v.pooling, l2v.max_length, l2v.adapters) == ("last", 33, [first, second])
+    for folder, token in ((first, "<first>"), (second, "<second>")):
+        tokenizer = transformers.AutoTokenizer.from_pretrained(model_folder)
+        tokenizer.add_tokens([token])
+        tokenizer.save_pretrained(folder)
+    files = LLM2Vec.from_pretrained(second, device="cpu").tokenizer.files
+    assert b"<second>" in files["tokenizer.json"], "the newest adapter's, not an earlier one's"
+
+
+def test_a_config_beside_an_adapter_says_the_base(model_folder, tmp_path):
+    """The authors' first adapters lie beside a config.json, whose _name_or_path counts."""
+    folder = bare(tmp_path / "mntp", model_folder, 1)
+    config = json.loads((folder / "adapter_config.json").read_text())
+    (folder / "adapter_config.json").write_text(json.dumps(config | {"base_model_name_or_path": "/not/there"}))
+    base = json.loads((model_folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps(base | {"_name_or_path": str(model_folder)}))
+    assert LLM2Vec.from_pretrained(folder, device="cpu").base_model == str(model_folder)
+
+
+def test_an_adapter_is_not_merged_twice(model_folder, tmp_path):
+    folder = bare(tmp_path / "one", model_folder, 1)
+    for again in (folder, f"{folder}/"):
+        with pytest.raises(ValueError, match="an adapter is there twice"):
+            LLM2Vec.from_pretrained(folder, adapters=[again], device="cpu")
+
+
+def test_fingerprint_sees_dtype_and_tokenizer():
+    exact, half = (LLM2Vec.from_pretrained("tiny", device="cpu", dtype=dtype) for dtype in ("float32", "bfloat16"))
+    before = exact.fingerprint()
+    assert before != half.fingerprint(), "its weights hold the same numbers, but it computes others"
+    exact.tokenizer.backend.normalizer = normalizers.Lowercase()
+    assert exact.fingerprint() != before

@@ -113,6 +113,9 @@ def test_data_by_name_folder_and_file(monkeypatch, tmp_path):
     for name in ("b.txt", "a.jsonl.gz", "picture.png"):
         (tmp_path / "texts" / name).touch()
     assert [p.name for p in hub.resolve_data(tmp_path / "texts")] == ["a.jsonl.gz", "b.txt"]
+    (tmp_path / "texts" / "more" / "still").mkdir(parents=True)
+    (tmp_path / "texts" / "more" / "still" / "c.txt").touch()
+    assert [p.name for p in hub.resolve_data(tmp_path / "texts")] == ["a.jsonl.gz", "b.txt", "c.txt"]
     assert hub.resolve_data("some.txt")[0].name == "some.txt"
 
 
@@ -120,11 +123,26 @@ def test_presets_are_the_papers():
     fields = set(Settings.__dataclass_fields__)
     for preset in PRESETS.values():
         assert set(preset.mntp) | set(preset.simcse) <= fields
-    assert PAPER["mntp"]["lr"] == 5e-5 and PAPER["simcse"]["lr"] == 3e-5
+    mask = {"mask_probability": 0.2, "mask_style": "bert"}
+    assert PAPER["mntp"] == {"steps": 1000, "batch_size": 32, "max_length": 512, "lr": 5e-5} | mask
+    noise = {"attention_dropout": 0.3, "temperature": 0.05}
+    assert PAPER["simcse"] == {"steps": 1000, "batch_size": 128, "max_length": 128, "lr": 3e-5} | noise
+    recipe = {"steps": 1000, "batch_size": 512, "max_length": 512, "lr": 2e-4, "warmup_steps": 300, "temperature": 0.02}
+    assert PAPER["supervised"] == recipe
     mistral = PRESETS["mistral-7b"].mntp
     assert (mistral["mask_probability"], mistral["mask_style"]) == (0.8, "all")
     assert find_preset("mistralai/Mistral-7B-Instruct-v0.2") is PRESETS["mistral-7b"]
     assert find_preset("someone/else") is None
+
+
+def test_chat_templates_are_the_models():
+    user = ("<|start_header_id|>user<|end_header_id|>\n\n", "<|eot_id|>")
+    templates = dict.fromkeys(("llama-2-7b", "mistral-7b"), ("[INST] ", " [/INST]"))
+    templates |= dict.fromkeys(("llama-3-8b", "llama-3.1-8b"), user)
+    names = {"llama-2": "llama-2-7b", "mistral": "mistral-7b", "llama-3": "llama-3-8b"}
+    for name, preset in PRESETS.items():
+        base = names.get(name.removeprefix("llm2vec-").rsplit("-mntp")[0].rsplit("-unsup")[0].rsplit("-supervised")[0], name)
+        assert preset.template == templates.get(base, ("", "")), name
 
 
 def test_a_revision_keeps_its_preset():

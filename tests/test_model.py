@@ -269,3 +269,34 @@ def test_known_bugs_break_parity(both, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(torch.Tensor, "repeat_interleave", lambda x, n, dim: x.repeat(1, n, 1, 1))
         assert error() > 0.5, "query heads on the wrong key heads"
+
+
+def test_positions_are_exact_in_bfloat16(both):
+    """Which holds whole numbers up to 256 only: later positions would share their angles."""
+    _, mine = both("llama")
+    exact, rounded = (rotary_tables(mine.model.config, 1000, dtype=dtype) for dtype in (torch.float64, torch.bfloat16))
+    for a, b in zip(exact, rounded, strict=True):
+        torch.testing.assert_close(b.double(), a, atol=4e-3, rtol=0)
+
+
+def test_fresh_weights_are_as_wide_as_asked(both):
+    _, mine = both("llama-biases")
+    ours.init_weights(mine, std=0.05)
+    for name, weight in mine.named_parameters():
+        if name.endswith("bias"):
+            assert not weight.any(), name
+        elif "norm" in name:
+            assert (weight == 1).all(), name
+        else:
+            assert 0.04 < weight.std() < 0.06, name
+
+
+def test_layers_are_computed_again_only_in_training_that_asks_for_it(both, monkeypatch):
+    _, mine = both("llama")
+    ids, _ = random_batch()
+    calls = []
+    monkeypatch.setattr(ours, "checkpoint", lambda layer, *arguments, **_: calls.append(layer) or layer(*arguments))
+    for wanted, training in ((False, True), (True, False), (True, True)):
+        mine.model.gradient_checkpointing = wanted
+        mine.model.train(training)(ids, causal=False)
+        assert len(calls) == (3 if wanted and training else 0)

@@ -5,6 +5,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tokenizers
 import transformers
 
 from conftest import TEXTS, write_tokenizer
@@ -103,3 +104,23 @@ def test_mask_token(tokenizer_folder):
     assert tokenizer.backend.id_to_token(tokenizer.mask_id()) == "_"
     with pytest.raises(ValueError, match="the mask token '<mask>' is not in the vocabulary"):
         tokenizer.mask_id("<mask>")
+
+
+def test_padding_truncation_and_dropout_of_the_file_are_off(tmp_path):
+    """A tokenizer.json may hold all three; each would change the ids of a text with its neighbours, or at random."""
+    write_tokenizer(tmp_path, "llama-2")
+    plain = Tokenizer(tmp_path)
+    texts = ["a cat sat", "two men play chess on a wooden board in the park"]
+    expected = [row.ids.tolist() for row in plain.encode(texts)]
+    assert len({len(ids) for ids in expected}) == 2
+    for change in ("padding", "truncation", "dropout"):
+        backend = tokenizers.Tokenizer.from_file(str(tmp_path / "tokenizer.json"))
+        if change == "padding":
+            backend.enable_padding(length=64)
+        elif change == "truncation":
+            backend.enable_truncation(4)
+        else:
+            backend.model.dropout = 0.9
+        (tmp_path / change).mkdir()
+        backend.save(str(tmp_path / change / "tokenizer.json"))
+        assert [row.ids.tolist() for row in Tokenizer(tmp_path / change).encode(texts)] == expected, change

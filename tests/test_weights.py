@@ -15,7 +15,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from conftest import VARIANTS, make_reference, random_batch, run_reference
+from conftest import CLASSES, VARIANTS, make_reference, random_batch, run_reference
 from llm2vec_min.config import ModelConfig
 from llm2vec_min.files import locked, new_folder
 from llm2vec_min.lora import LoRALinear, add_lora, merge_lora
@@ -552,3 +552,40 @@ def test_unsupported_adapter(reference, tmp_path, change, message):
     (tmp_path / "adapter_config.json").write_text(json.dumps(config | change))
     with pytest.raises(ValueError, match=message):
         load_adapter(load_decoder(reference("llama")[1]), tmp_path)
+
+
+def test_an_old_checkpoints_rotary_buffers_are_passed_over(reference, tmp_path):
+    _, folder = reference("llama")
+    shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
+    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
+    safetensors.torch.save_file(state, tmp_path / "model.safetensors")
+    assert torch.equal(load_decoder(tmp_path).norm.weight, state["model.norm.weight"])
+
+
+@pytest.mark.parametrize(
+    "option", [
+        "use_dora", "fan_in_fan_out", "modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias", "use_qalora",
+        "alora_invocation_tokens", "layer_replication", "trainable_token_indices", "target_parameters",
+    ],
+)  # fmt: skip
+def test_what_changes_an_adapter_is_refused(reference, tmp_path, option):
+    """Read as plain LoRA each of these would give other numbers, without a word."""
+    decoder = load_decoder(reference("llama")[1])
+    add_lora(decoder, r=2)
+    save_adapter(tmp_path, *adapter_of(decoder, "base"))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    (tmp_path / "adapter_config.json").write_text(json.dumps(config | {option: {"q_proj": 4}}))
+    with pytest.raises(ValueError, match=f"{option} is .*not supported"):
+        load_adapter(load_decoder(reference("llama")[1]), tmp_path)
+
+
+@pytest.mark.parametrize("family", ["llama", "mistral", "qwen2"])
+def test_what_a_file_leaves_out_is_what_transformers_assumes(family):
+    theirs = CLASSES[family][0](hidden_size=4096, num_attention_heads=64)
+    sizes = {name: getattr(theirs, name) for name in ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers",
+                                                      "num_attention_heads")}  # fmt: skip
+    mine = ModelConfig.from_dict({"model_type": family} | sizes)
+    for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "sliding_window"):
+        assert getattr(mine, name) == getattr(theirs, name, None), name
+    assert mine.rope_theta == theirs.rope_parameters["rope_theta"]

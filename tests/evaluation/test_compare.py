@@ -229,3 +229,19 @@ def test_table_marks_only_what_is_more_than_noise():
     assert lines[0] == "| x 100 [95 %] | metric | A | B | C | D |" and lines[-1].startswith("| mean | mean |")
     cells = [cell.strip() for cell in lines[2].split("|")[3:7]]
     assert ["▲" in cell for cell in cells] == [False, True, False, False] and cells[3].endswith("▼")
+
+
+def test_the_interval_is_of_95_percent():
+    draws = np.linspace(40, 60, 1001)
+    assert compare.interval(50.0, draws) == pytest.approx({"value": 50, "low": 40.5, "high": 59.5})
+    found = compare.paired((50.0, draws), (53.0, draws + np.linspace(0, 6, 1001)))
+    assert (found["low"], found["high"]) == pytest.approx((0.15, 5.85))
+
+
+def test_rungs_read_as_much_as_the_run(runs):
+    folder, mntp, *_ = runs
+    path = folder / "mntp" / "llm2vec_config.json"
+    before = path.read_text()
+    path.write_text(json.dumps(json.loads(before) | {"max_length": 77}))
+    assert {options["max_length"] for options in compare.rungs(mntp).values()} == {77}
+    path.write_text(before)

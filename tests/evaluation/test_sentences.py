@@ -374,3 +374,14 @@ def test_bad_flags(files, flags, message):
     flags = [flag.replace("{sts}", f"{files}/sts.tsv") for flag in flags]
     with pytest.raises(ValueError, match=message):
         main(["--tasks", f"sts:{files}/sts.tsv", *flags, "--device", "cpu"])
+
+
+def test_a_sample_is_drawn_from_the_whole_file():
+    rows = sentences.sample(1000, 10)
+    assert len(set(rows)) == 10 and rows.max() > 100 and (np.diff(rows) > 0).all()
+    assert sentences.sample(5, 10).tolist() == sentences.sample(5, None).tolist() == [0, 1, 2, 3, 4]
+
+
+def test_limit_cuts_the_queries(l2v, files):
+    scores = sentences.score_retrieval(l2v, sentences.read_retrieval(files), 2, None, 32)
+    assert all(len(score.groups) == 2 for score in scores.values())

@@ -123,3 +123,10 @@ def test_no_spans_in_parts_of_speech(tmp_path):
     task = f"words:{tmp_path}/a.conllu,{tmp_path}/a.conllu"
     scores = evaluate(LLM2Vec.from_pretrained("tiny", device="cpu"), [task])[task]
     assert list(scores) == ["token_accuracy", "token_accuracy_left"] and scores["token_accuracy"]["value"] == 100
+
+
+def test_limit_cuts_the_sentences(tmp_path, monkeypatch):
+    (tmp_path / "w.conll").write_text("a X\nb Y\n\n" * 30)
+    data = words.read_probe(f"{tmp_path}/w.conll,{tmp_path}/w.conll")
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
+    assert {len(score.groups) for score in words.score_words(l2v, data, 5, None, 32).values()} <= {5, 10}

@@ -195,3 +195,11 @@ def test_command(tmp_path, capsys):
             main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", *prompts])
     with pytest.raises(ValueError, match="'plain' stands for a text without an instruction"):
         main(["--model", str(tmp_path / "base"), "--output", str(tmp_path / "x"), "--prompt", "plain=Find:"])
+
+
+def test_what_other_libraries_read_in_an_exports_files(tmp_path):
+    l2v = make(tmp_path, max_length=77)
+    export_model(l2v, tmp_path / "out", dtype="bfloat16")
+    config, tokenizer = (json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
+    assert tokenizer["model_max_length"] == 77
+    assert config["pad_token_id"] == l2v.tokenizer.pad_id and config["dtype"] == config["torch_dtype"] == "bfloat16"

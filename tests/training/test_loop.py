@@ -15,7 +15,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
 from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
-from llm2vec_min.training import mntp
+from llm2vec_min.training import distributed, mntp
 from llm2vec_min.training.loop import Loop, checksum
 from llm2vec_min.training.mntp import held_out_score, train_mntp
 from llm2vec_min.training.output import finish_output, open_output, plan_output
@@ -539,3 +539,42 @@ def test_damaged_checkpoints(model_folder, tmp_path, monkeypatch):
     old.write_bytes(whole[1][:99])
     _, loop = train(model_folder, "mntp", folder, resume=True)
     assert loop.start == 0 and loop.step == 5
+
+
+def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
+    """The sum over the processes says so: else one would save and end while the others wait for it."""
+    model = torch.nn.Linear(2, 2)
+    loop = Loop(model, Settings(steps=3), tmp_path / "run", arguments={"stage": "own"}, quiet=True)
+
+    def add_up(tensors):
+        tensors[1] += 1  # what the other one adds to this process's 0
+
+    monkeypatch.setattr(distributed, "add_up", add_up)
+    with pytest.raises(KeyboardInterrupt, match="stopped after step 1, which is saved"):
+        for _ in loop:
+            model(torch.ones(1, 2)).sum().backward()
+            loop.update(torch.tensor(1.0), 1)
+
+
+def test_all_processes_begin_with_the_weights_of_the_first(monkeypatch):
+    sent = []
+    monkeypatch.setattr(distributed, "world_size", lambda: 2)
+    monkeypatch.setattr(distributed.dist, "broadcast", lambda tensor, src: sent.append((tensor, src)))
+    model = torch.nn.Linear(2, 2)
+    Loop(model, Settings(steps=3), quiet=True)
+    assert [src for _, src in sent] == [0, 0]
+    for (tensor, _), parameter in zip(sent, model.parameters(), strict=True):
+        assert tensor.data_ptr() == parameter.data_ptr()
+
+
+def test_adam_is_the_usual_one():
+    loop = Loop(torch.nn.Linear(2, 2), Settings(steps=3, adam_beta2=0.95, weight_decay=0.1), quiet=True)
+    assert loop.optimizer.defaults["betas"] == (0.9, 0.95) and loop.optimizer.defaults["weight_decay"] == 0.1
+
+
+def test_no_line_is_lost_between_two_portions(model_folder):
+    from llm2vec_min.tokenizer import Tokenizer
+
+    tokenizer = Tokenizer(model_folder)
+    each = len(tokenizer.encode(["a"])[0].ids)
+    assert pack_blocks(tokenizer, ["a"] * 20_001, 1).size == 20_001 * each

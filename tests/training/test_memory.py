@@ -12,7 +12,7 @@ from conftest import VARIANTS
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import Decoder, set_attention_dropout
-from llm2vec_min.training.memory import count_adapter, count_parameters, fit, plan
+from llm2vec_min.training.memory import count_adapter, count_parameters, fit, plan, plan_run, shape_of_run
 from llm2vec_min.training.mntp import mntp_loss
 from llm2vec_min.training.settings import Settings
 
@@ -184,3 +184,15 @@ def test_a_stage_of_ones_own_is_planned_as_one_text_a_row():
     settings = Settings(batch_size=8, max_length=32, micro_batch_size=8)
     forward = plan(config, settings, "simcse").operations["forward"]
     assert plan(config, settings, "distill").operations["forward"] == pytest.approx(forward / 2)
+
+
+def test_the_plan_of_a_run_knows_its_dtype_and_processes(monkeypatch):
+    settings = Settings(batch_size=8, max_length=16)
+    for device, dtype, size in (("cpu", None, 4), ("cpu", "bfloat16", 2), ("cuda", None, 2), ("cuda", "float32", 4)):
+        assert shape_of_run("tiny", settings, device, dtype, False)[1] == {
+            "size": size, "processes": 1, "sharded": False, "on_gpu": device == "cuda",
+        }  # fmt: skip
+    monkeypatch.setenv("WORLD_SIZE", "4")
+    assert shape_of_run("tiny", settings, "cpu", None, True)[1]["processes"] == 4
+    four, two = (plan_run("tiny", "mntp", settings, "cpu", dtype, False).memory["weights"] for dtype in ("float32", "bfloat16"))
+    assert four == 2 * two > 0

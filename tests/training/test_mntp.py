@@ -6,6 +6,7 @@ import torch.nn.functional as F
 
 from conftest import random_batch, run_reference
 from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.training import mntp
 from llm2vec_min.training.mntp import IGNORED, chosen_states, explain, mask_tokens, mntp_loss
 
 FIXED = dict(mask_id=5, special_ids={0, 1}, vocab_size=1000)
@@ -84,3 +85,29 @@ def test_explanation(model_folder):
     words = explain(tokenizer, ids, masked, labels)
     pieces = tokenizer.pieces(ids)
     assert f"position 1 ({pieces[1]!r}) predicts position 2: {pieces[2]!r} (shown as '_')" in words
+
+
+def test_the_loss_is_float32_over_bfloat16(both):
+    """Logits of thousands of words, summed in 8 bits, would be off by a percent."""
+    _, mine = both("llama")
+    mine = mine.bfloat16()
+    ids, _ = random_batch(B=4, T=32)
+    labels = ids.masked_fill(torch.rand(ids.shape, generator=torch.Generator().manual_seed(0)) > 0.5, IGNORED)
+    with torch.no_grad():
+        loss = mntp_loss(mine.model, mine.lm_head, ids, labels)
+        hidden, targets = chosen_states(mine.model, ids, labels)
+        expected = F.cross_entropy(mine.lm_head(hidden).double(), targets)
+    assert loss.dtype == torch.float32
+    torch.testing.assert_close(loss.double(), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_only_a_chunk_of_logits_is_kept_at_a_time(both, monkeypatch):
+    _, mine = both("llama")
+    ids, _ = random_batch(B=4, T=32)
+    calls = []
+    monkeypatch.setattr(mntp, "checkpoint", lambda function, *arguments, **_: calls.append(1) or function(*arguments))
+    whole = mntp_loss(mine.model, mine.lm_head, ids, ids)
+    assert not calls
+    monkeypatch.setattr(mntp, "LOGITS_AT_ONCE", 50 * mine.lm_head.out_features)
+    torch.testing.assert_close(mntp_loss(mine.model, mine.lm_head, ids, ids), whole)
+    assert len(calls) == -(-4 * 31 // 50)

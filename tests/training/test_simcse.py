@@ -9,6 +9,7 @@ import torch
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
+from llm2vec_min.training import simcse
 from llm2vec_min.training.settings import Settings
 from llm2vec_min.training.simcse import backward, different, embed_twins, explain, info_nce, tokenize, train_simcse
 
@@ -118,3 +119,25 @@ def test_dropout_ends_with_the_training_even_if_it_fails(l2v):
             l2v, ["the cat sat", "a dog barks", "it rains"], Settings(steps=1, batch_size=2), quiet=True, evaluate=fail
         )
     assert {m.dropout for m in l2v.decoder.modules() if type(m).__name__ == "Attention"} == {0.0}
+
+
+def test_sentences_are_drawn_from_all_and_meet_their_like(l2v, monkeypatch):
+    sentences = [f"{i} " + "word " * (i % 7) for i in range(200)]
+    seen, ordered = [], []
+    whole, draw = simcse.tokenize, simcse.batches
+    monkeypatch.setattr(simcse, "tokenize", lambda l2v, texts, n: seen.extend(texts) or whole(l2v, texts, n))
+    monkeypatch.setattr(simcse, "batches", lambda *a, **options: ordered.append(options["lengths"]) or draw(*a, **options))
+    train_simcse(l2v, sentences, Settings(steps=2, batch_size=8), quiet=True)
+    numbers = [int(text.split()[0]) for text in seen[:16]]
+    assert len(set(numbers)) == 16 and max(numbers) > 100, "not the first of the file, which may be sorted"
+    assert ordered == [[len(row.ids) for row in whole(l2v, seen[:16], 128)]]
+
+
+@pytest.mark.parametrize("parts, expected", [(1, [True]), (2, [False, False, True, True])])
+def test_several_parts_are_first_read_without_a_graph(parts, expected):
+    """Which is what GradCache is for: the memory of one part."""
+    weight, seen = torch.ones(4, requires_grad=True), []
+    embed = lambda part: seen.append(torch.is_grad_enabled()) or weight[None] * (part + 1)  # noqa: E731
+    backward(embed, parts, lambda vectors: vectors.square().sum())
+    assert seen == expected
+    assert weight.grad.tolist() == [2.0 * sum((part + 1) ** 2 for part in range(parts))] * 4
