@@ -173,6 +173,21 @@ MUTATIONS = [
     (f"{P}/config.py", 'known["sliding_window"] = raw[KEPT_WINDOW]', "pass", E),
     (f"{P}/evaluation/sentences.py", "if len(np.unique(gold[rows])) == 1:", "if False:", "tests/evaluation/test_compare.py"),
     (f"{P}/evaluation/compare.py", ', "template": "template"}', "}", "tests/evaluation/test_compare.py"),
+    # ---- what no test noticed before a reviewer tried it ----
+    (f"{P}/model.py", "torch.arange(T, device=device).float()", "torch.arange(T, device=device).to(dtype)", M),
+    (f"{P}/training/mntp.py", "F.cross_entropy(lm_head(hidden).float(), targets", "F.cross_entropy(lm_head(hidden), targets", MN),
+    (f"{P}/tokenizer.py", "        self.backend.no_truncation()\n", "", T),
+    (f"{P}/weights.py", '"modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",', '"rank_pattern",', W),
+    (f"{P}/encoder.py", "return base, [*chain, folder], before | settings", "return base, [*chain, folder], settings | before", E),
+    (f"{P}/encoder.py", "if len({folder.resolve() for folder in chain}) < len(chain):", "if False:", E),
+    (f"{P}/encoder.py", "Tokenizer(has_tokenizer[0] if", "Tokenizer(has_tokenizer[-1] if", E),
+    (f"{P}/config.py", '("<|start_header_id|>user<|end_header_id|>\\n\\n", "<|eot_id|>")', '("", "<|eot_id|>")', "tests/test_hub.py"),
+    (f"{P}/training/simcse.py", "with torch.set_grad_enabled(parts == 1):", "with torch.set_grad_enabled(True):", SI),
+    (f"{P}/training/loop.py", "self.stopped = stop > 0", "self.stopped = self.stopping", LO),
+    (f"{P}/evaluation/sentences.py", "permutation(count)[:limit])", "permutation(min(count, limit or count)))", "tests/evaluation/test_sentences.py"),
+    (f"{P}/evaluation/compare.py", "np.nanquantile(draws, [0.025, 0.975])", "np.nanquantile(draws, [0.05, 0.95])", "tests/evaluation/test_compare.py"),
+    ("embed.py", "        causal=args.causal,\n", "", "tests/test_arguments.py"),
+    (f"{P}/interop/export.py", "        normalize=args.normalize,\n", "", "tests/test_arguments.py"),
 ]  # fmt: skip
 
 
