@@ -133,3 +133,13 @@ def test_the_dtype_of_a_device(device, expected):
 
     assert pick_dtype(None, torch.device(device)) == expected
     assert pick_dtype("float32", torch.device(device)) == torch.float32
+
+
+@pytest.mark.parametrize("flags, expected", [([], None), (["--symmetric"], []), (["--symmetric", "a", "b"], ["a", "b"])])
+def test_symmetric(monkeypatch, tmp_path, flags, expected):
+    (tmp_path / "a.jsonl").write_text("{}")
+    calls = stop_at(monkeypatch, train, "read_triplets")
+    with pytest.raises(Reached):
+        train.main(["--stage", "supervised", "--data", str(tmp_path / "a.jsonl"), "--ratio", "a=2", *flags, "--eval", "",
+                    "--output", str(tmp_path / "run"), "--device", "cpu"])  # fmt: skip
+    assert calls == [(([str(tmp_path / "a.jsonl")], expected, ["a=2"]), {})]

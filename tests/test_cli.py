@@ -4,6 +4,7 @@ import errno
 import fcntl
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -472,6 +473,20 @@ def test_every_file_is_held_out_in_part(files, tmp_path, monkeypatch):
     ((l2v, held_out),) = seen
     texts = [l2v.tokenizer.decode(block) for block in held_out]
     assert len(texts) == 4 and "two" in texts[0] and "eight" in texts[-1]
+
+
+def test_what_is_held_out_is_not_trained_on(tmp_path, monkeypatch):
+    """Every 20th line."""
+    (tmp_path / "a.txt").write_text("".join(f"number {n} and here the line ends\n" for n in range(1, 61)))
+    seen = []
+    monkeypatch.setattr(train, "train_mntp", lambda l2v, blocks, held_out, *_, **__: seen.append((l2v, blocks, held_out)))
+    monkeypatch.setattr(LLM2Vec, "save_run", lambda *_: None)
+    monkeypatch.setattr(train, "finish_output", lambda *_: None)
+    train.main(["--data", str(tmp_path / "a.txt"), "--eval", "", "--max-length", "4", "--output", str(tmp_path / "run"),
+                "--device", "cpu"])  # fmt: skip
+    ((l2v, *both),) = seen
+    trained, held_out = (set(map(int, re.findall(r"number\s*(\d+)", l2v.tokenizer.decode(rows.ravel())))) for rows in both)
+    assert held_out == {20, 40, 60} and trained == set(range(1, 61)) - held_out
 
 
 def test_a_preset_is_remembered(files, model_folder, tmp_path):

@@ -18,6 +18,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora, merge_lora
 from llm2vec_min.pooling import POOLING_MODES
 from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.training.simcse import embed_twins
 from llm2vec_min.weights import adapter_of, save_adapter
 
 
@@ -158,6 +159,9 @@ def test_embed_is_differentiable(model_folder):
     assert any(p.grad.abs().max() > 0 for p in l2v.decoder.parameters() if p.requires_grad)
     with pytest.raises(ValueError, match="no text to embed"):
         l2v.embed([])
+    for wrong in ("\ud800", ["Find:", "\ud800"], ["\ud800", "a"]):
+        with pytest.raises(ValueError, match="no valid Unicode"):
+            l2v.encode([wrong])
     with pytest.raises(ValueError, match="no valid Unicode"):
         l2v.encode(["a"], "\udcff find")
 
@@ -525,3 +529,15 @@ def test_fingerprint_sees_dtype_and_tokenizer():
     assert before != half.fingerprint(), "its weights hold the same numbers, but it computes others"
     exact.tokenizer.backend.normalizer = normalizers.Lowercase()
     assert exact.fingerprint() != before
+
+
+def test_training_reads_as_use_does(model_folder):
+    """The same direction and pooling; without dropout the same vectors."""
+    for causal, pooling in ((True, "mean"), (False, "max"), (True, "weighted_mean")):
+        l2v = LLM2Vec.from_pretrained(model_folder, device="cpu", causal=causal, pooling=pooling)
+        expected = l2v.encode(TEXTS[:4])
+        l2v.train()
+        with torch.no_grad():
+            np.testing.assert_allclose(l2v.embed(TEXTS[:4]).numpy(), expected, atol=1e-5)
+            for twin in embed_twins(l2v, l2v.tokenize(TEXTS[:4])):
+                np.testing.assert_allclose(twin.numpy(), expected, atol=1e-5)

@@ -245,3 +245,9 @@ def test_rungs_read_as_much_as_the_run(runs):
     path.write_text(json.dumps(json.loads(before) | {"max_length": 77}))
     assert {options["max_length"] for options in compare.rungs(mntp).values()} == {77}
     path.write_text(before)
+
+
+def test_the_mean_row_is_of_each_tasks_first_metric():
+    a, b, other = (np.full(5, x) + np.arange(5) for x in (1.0, 2.0, 90.0))
+    value, draws = compare.mean_row({"one": {"first": (10.0, a), "second": (99.0, other)}, "two": {"first": (30.0, b)}})
+    assert value == 20 and draws.tolist() == [1.5, 2.5, 3.5, 4.5, 5.5]

@@ -385,3 +385,11 @@ def test_a_sample_is_drawn_from_the_whole_file():
 def test_limit_cuts_the_queries(l2v, files):
     scores = sentences.score_retrieval(l2v, sentences.read_retrieval(files), 2, None, 32)
     assert all(len(score.groups) == 2 for score in scores.values())
+
+
+@pytest.mark.parametrize("task", ["classification:{}/train.tsv,{}/test.tsv.gz", "clustering:{}/clusters.tsv.xz"])
+def test_an_instruction_goes_before_every_text(l2v, files, task, monkeypatch):
+    seen, embed = set(), sentences.embed
+    monkeypatch.setattr(sentences, "embed", lambda l2v, texts, told, size: seen.add(told) or embed(l2v, texts, told, size))
+    evaluate(l2v, [task.format(files, files)], instructions={task.partition(":")[0]: "Tell the topic:"})
+    assert seen == {"Tell the topic:"}

@@ -8,6 +8,7 @@ import torch
 import transformers
 from sentence_transformers import SentenceTransformer
 from test_weights import randomize
+from tokenizers import processors
 
 from conftest import TEXTS, make_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
@@ -203,3 +204,25 @@ def test_what_other_libraries_read_in_an_exports_files(tmp_path):
     config, tokenizer = (json.loads((tmp_path / "out" / name).read_text()) for name in ("config.json", "tokenizer_config.json"))
     assert tokenizer["model_max_length"] == 77
     assert config["pad_token_id"] == l2v.tokenizer.pad_id and config["dtype"] == config["torch_dtype"] == "bfloat16"
+
+
+def test_refused_where_a_special_token_ends_every_text(tmp_path):
+    l2v = make(tmp_path)
+    ids = {token: l2v.tokenizer.backend.token_to_id(token) for token in ("<s>", "</s>")}
+    l2v.tokenizer.backend.post_processor = processors.TemplateProcessing(single="<s> $A </s>", special_tokens=[*ids.items()])
+    with pytest.raises(ValueError, match="ends every text with a special token, which it pools"):
+        export_model(l2v, tmp_path / "out")
+
+
+def test_refused_where_prompts_cannot_be_told_apart(tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "_with_marker", lambda l2v: None)
+    with pytest.raises(ValueError, match="its prompts cannot be told from the text with this tokenizer"):
+        export_model(make(tmp_path), tmp_path / "out")
+
+
+def test_a_weighted_mean_counts_the_instruction_too(tmp_path):
+    """Without BOS it is exported, but not with an instruction."""
+    l2v = make(tmp_path, kind="smollm2", pooling="weighted_mean")
+    export_model(l2v, tmp_path / "out")
+    with pytest.raises(ValueError, match="counts positions from the beginning, BOS and instruction included"):
+        export_model(l2v, tmp_path / "more", prompts={"query": INSTRUCTION})

@@ -578,3 +578,22 @@ def test_no_line_is_lost_between_two_portions(model_folder):
     tokenizer = Tokenizer(model_folder)
     each = len(tokenizer.encode(["a"])[0].ids)
     assert pack_blocks(tokenizer, ["a"] * 20_001, 1).size == 20_001 * each
+
+
+def test_an_evaluation_is_without_dropout_and_gradients():
+    model, seen = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout()), []
+    evaluate = lambda: seen.append((model.training, torch.is_grad_enabled())) or {}  # noqa: E731
+    loop = Loop(model, Settings(steps=2, eval_every=1), evaluate=evaluate, quiet=True)
+    for _ in loop:
+        assert model.training
+        model(torch.ones(1, 2)).sum().backward()
+        loop.update(torch.tensor(1.0), 1)
+    assert seen == [(False, False)] * 3
+
+
+def test_a_column_with_gaps(tmp_path):
+    pyarrow = pytest.importorskip("pyarrow")
+    import pyarrow.parquet as parquet
+
+    parquet.write_table(pyarrow.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
+    assert list(iter_lines(tmp_path / "a.parquet", keep_empty=True)) == ["one", "", "two"]

@@ -5,9 +5,11 @@ import torch
 import torch.nn.functional as F
 
 from conftest import random_batch, run_reference
+from llm2vec_min import LLM2Vec
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import mntp
 from llm2vec_min.training.mntp import IGNORED, chosen_states, explain, mask_tokens, mntp_loss
+from llm2vec_min.training.settings import Settings
 
 FIXED = dict(mask_id=5, special_ids={0, 1}, vocab_size=1000)
 
@@ -111,3 +113,14 @@ def test_only_a_chunk_of_logits_is_kept_at_a_time(both, monkeypatch):
     monkeypatch.setattr(mntp, "LOGITS_AT_ONCE", 50 * mine.lm_head.out_features)
     torch.testing.assert_close(mntp_loss(mine.model, mine.lm_head, ids, ids), whole)
     assert len(calls) == -(-4 * 31 // 50)
+
+
+def test_what_is_masked_and_with_what(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    found = mntp.masking(l2v, Settings(mask_probability=0.4, mask_style="all"))
+    vocab, tokenizer = l2v.tokenizer.backend.get_vocab(), l2v.tokenizer
+    assert found == {
+        "mask_id": vocab["_"], "special_ids": {vocab[token] for token in ("<unk>", "<s>", "</s>")},
+        "vocab_size": len(vocab), "probability": 0.4, "style": "all",
+    }  # fmt: skip
+    assert tokenizer.pad_id != found["mask_id"]
