@@ -15,6 +15,7 @@ from llm2vec_min import LLM2Vec
 from llm2vec_min.interop import export as export_module
 from llm2vec_min.interop.export import export_model, main
 from llm2vec_min.lora import add_lora, merge_lora
+from llm2vec_min.tokenizer import Encoded
 
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 SOME = [text for text in TEXTS if text] + ["🙂 first", "1984", "_x"]
@@ -226,3 +227,18 @@ def test_a_weighted_mean_counts_the_instruction_too(tmp_path):
     export_model(l2v, tmp_path / "out")
     with pytest.raises(ValueError, match="counts positions from the beginning, BOS and instruction included"):
         export_model(l2v, tmp_path / "more", prompts={"query": INSTRUCTION})
+
+
+def test_refused_where_an_instruction_is_read_otherwise_alone(tmp_path, monkeypatch):
+    l2v = make(tmp_path)
+    encode = l2v.tokenizer.encode
+
+    def merged(texts, **options):  # as if the instruction's last token went with the text's first
+        rows = encode(texts, **options)
+        return [Encoded(row.ids[1:], row.pooled[1:]) for row in rows] if isinstance(options.get("instruction"), str) else rows
+
+    monkeypatch.setattr(l2v.tokenizer, "encode", merged)
+    with pytest.raises(
+        ValueError, match=f"the tokenizer reads the instruction {INSTRUCTION!r} otherwise before a text than alone"
+    ):
+        export_model(l2v, tmp_path / "out", prompts={"query": INSTRUCTION})
