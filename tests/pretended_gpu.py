@@ -68,13 +68,14 @@ def main(script: str, argv: list[str]) -> dict:
     module.get_amp_supported_dtype = lambda: [torch.bfloat16]  # checkpoint() asks
     backend_registration._setup_privateuseone_for_python_backend("gpu", backend_module=module)
     torch._C._set_only_lift_cpu_tensors(True)
-    torch.accelerator.synchronize = lambda device: None
+    synchronized = []
+    torch.accelerator.synchronize = synchronized.append
     opened, load = weights._open, nn.Module.load_state_dict
     weights._open = lambda path, device="cpu": opened(path)  # safetensors does not know "gpu"
     nn.Module.load_state_dict = lambda self, state, **how: load(self, {k: v.to("gpu") for k, v in state.items()}, **how)
     with PretendedGPU() as gpu:
         {"train.py": train, "embed.py": embed}[script].main([*argv, "--device", "gpu"])
-    return dict(gpu.waits)
+    return dict(gpu.waits) | ({"synchronize": len(synchronized)} if synchronized else {})
 
 
 if __name__ == "__main__":

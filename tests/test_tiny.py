@@ -123,10 +123,15 @@ def test_the_same_again(tmp_path):
     assert abs(score - np.mean(measured)) < 4 * np.std(measured, ddof=1) + 0.5
 
 
-def test_importing_reads_no_asset():
-    code = "import sys, builtins; o=open; builtins.open=lambda f,*a,**k: (_ for _ in ()).throw(SystemExit(str(f))) " \
-        "if 'assets' in str(f) else o(f,*a,**k); import llm2vec_min, train, embed"  # fmt: skip
-    assert subprocess.run([sys.executable, "-c", code], cwd=TINY.parent.parent.parent).returncode == 0
+def test_importing_reads_no_asset(tmp_path):
+    root = TINY.parent.parent.parent
+    away = shutil.ignore_patterns("assets", "__pycache__")
+    shutil.copytree(root / "llm2vec_min", tmp_path / "llm2vec_min", ignore=away)
+    for name in ("train.py", "embed.py"):
+        shutil.copy(root / name, tmp_path)
+    code = "import llm2vec_min, train, embed; print(llm2vec_min.__file__)"
+    done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True)
+    assert done.returncode == 0 and done.stdout.startswith(str(tmp_path)), done.stderr
 
 
 def test_transformers_loads_it_as_it_is():

@@ -25,8 +25,8 @@ from llm2vec_min.training.simcse import train_simcse
 QUICK = dict(steps=6, batch_size=4, max_length=16, lr=1e-3, save_every=2, eval_every=100)
 
 
-def train(model_folder, stage, output=None, steps_until_killed=None, **options):
-    """A short run; returns (encoder, loop). Killed runs stop as Ctrl-C would stop them."""
+def train(model_folder, stage, output=None, **options):
+    """A short run; returns (encoder, loop). Its folder keeps the checkpoints, as if it had been killed after the last step."""
     settings = Settings(**(QUICK | options.pop("settings", {})))
     l2v = LLM2Vec.from_pretrained(model_folder, device="cpu", lm_head=True)
     torch.manual_seed(settings.seed)
@@ -523,7 +523,7 @@ def test_a_run_is_not_trained_over(model_folder, tmp_path):
 def test_damaged_checkpoints(model_folder, tmp_path, monkeypatch):
     """One that cannot be read now stays; one that is torn makes way, never for a whole one; two torn ones for a new start."""
     folder = tmp_path / "run"
-    train(model_folder, "mntp", folder, steps_until_killed=5, settings=dict(save_every=2))
+    train(model_folder, "mntp", folder, settings=dict(save_every=2))
     new, old = folder / "checkpoint.safetensors", folder / "checkpoint-before.safetensors"
     whole = new.read_bytes(), old.read_bytes()
     l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")

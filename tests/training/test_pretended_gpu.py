@@ -60,6 +60,7 @@ def test_no_forward_pass_waits(flags, tmp_path, stage, extra):
     assert done.returncode == 0, done.stderr
     waits = json.loads(done.stdout.splitlines()[-1])
     assert waits["Loop.update"] == 2 * 3, "for two steps three numbers, which a real device sends at once"
+    assert waits.pop("synchronize", 0) == ("LLM2Vec.encode" in waits), "the explanation before the first step encodes once"
     assert set(waits) <= MAY_WAIT, waits
 
 
@@ -69,7 +70,8 @@ def test_encoding_waits_once_a_batch(flags, tmp_path):
     assert done.returncode == 0, done.stderr
     lines = len(Path(text).read_text().splitlines())
     waits = json.loads(done.stdout.splitlines()[-1])
-    assert waits.pop("LLM2Vec.fingerprint") and waits == {"LLM2Vec.encode": -(-lines // 8)}
+    # a copy of each batch, on its way while the next one is computed; read after one wait for all of them
+    assert waits.pop("LLM2Vec.fingerprint") and waits == {"LLM2Vec.encode": -(-lines // 8), "synchronize": 1}
 
 
 @pytest.mark.parametrize(
