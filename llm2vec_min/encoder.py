@@ -198,8 +198,9 @@ class LLM2Vec(nn.Module):
         """
         device = pick_device(device)
         dtype = pick_dtype(dtype, device)
-        without = torch.backends.cpu.get_cpu_capability().startswith("AVX") and not torch.cpu._is_avx512_bf16_supported()
-        if dtype == torch.bfloat16 and device.type == "cpu" and without:
+        has_bfloat16 = getattr(torch.cpu, "_is_avx512_bf16_supported", lambda: True)  # not a public name: it may go
+        is_avx = torch.backends.cpu.get_cpu_capability().startswith("AVX")
+        if dtype == torch.bfloat16 and device.type == "cpu" and is_avx and not has_bfloat16():
             warnings.warn("bfloat16 on a CPU that has no instructions for it: float32 is several times faster", stacklevel=2)
         base, chain, settings = find_chain(name)
         for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
