@@ -108,11 +108,12 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         settings = {"template": list(preset.template)} | settings
     if "adapters" in settings:
         return settings["base_model_name_or_path"], [member(folder, name) for name in settings["adapters"]], settings
-    run = folder.resolve().parent.parent
-    names = read_settings(run).get("adapters", []) if folder.resolve().parent == run / "adapters" else []
-    if (own := f"adapters/{folder.resolve().name}") in names:  # an earlier stage of a run, which stands on those before it
-        earlier = names[: names.index(own) + 1]
-        return read_settings(run)["base_model_name_or_path"], [member(run, name) for name in earlier], read_settings(run)
+    place = folder.resolve()
+    run = place.parent.parent
+    whole = read_settings(run) if place.parent.name == "adapters" else {}
+    names = whole.get("adapters", [])
+    if (own := f"adapters/{place.name}") in names:  # an earlier stage of a run, which stands on those before it
+        return whole["base_model_name_or_path"], [member(run, name) for name in names[: names.index(own) + 1]], whole
     if (folder / ADAPTER_CONFIG).is_file():
         base = read_json(member(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
         if (folder / "config.json").is_file():
