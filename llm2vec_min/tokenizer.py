@@ -75,7 +75,7 @@ class Tokenizer:
         except BaseException as error:  # tokenizers raises plain Exception, and its panics (in Rust) are not even that
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{self.path}: not a readable tokenizer ({repr(str(error)[:300])[1:-1]})") from None
+            raise ValueError(f"{self.path}: not a tokenizer that works ({repr(str(error)[:300])[1:-1]})") from None
 
     def _settle(self) -> None:
         self.backend.no_padding()

@@ -3,26 +3,28 @@
 import numpy as np
 import pytest
 import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from llm2vec_min.pooling import POOLING_MODES, pool
 
-MASK = torch.tensor([[0, 0, 1, 1, 1, 0], [0, 1, 1, 0, 1, 1], [0, 0, 0, 0, 1, 0]]).bool()
 
-
-def by_hand(rows: np.ndarray, mode: str) -> np.ndarray:
-    n = len(rows)
-    if mode == "weighted_mean":
-        return sum((p + 1) / (n * (n + 1) / 2) * rows[p] for p in range(n))
-    return {"mean": rows.mean(0), "last": rows[-1], "first": rows[0], "max": rows.max(0)}[mode]
-
-
+@settings(deadline=None, derandomize=True)
+@given(rows=st.lists(st.lists(st.booleans(), min_size=6, max_size=6), min_size=1, max_size=4), seed=st.integers(0, 2**32 - 1))
 @pytest.mark.parametrize("mode", POOLING_MODES)
-def test_by_hand(mode):
-    hidden = torch.randn(3, 6, 4) - 2
-    result = pool(hidden, MASK, mode)
-    for b in range(3):
-        expected = by_hand(hidden[b][MASK[b]].double().numpy(), mode)
-        np.testing.assert_allclose(result[b].numpy(), expected, rtol=1e-5, atol=1e-6)
+def test_by_hand(mode, rows, seed):
+    hidden = np.random.default_rng(seed).normal(size=(len(rows), 6, 3)).astype(np.float32)
+    pooled = pool(torch.from_numpy(hidden), torch.tensor(rows), mode).numpy()
+    for states, mask, vector in zip(hidden.astype(np.float64), rows, pooled, strict=True):
+        own = states[mask]
+        if not len(own):
+            assert not vector.any()
+            continue
+        p = np.arange(1, len(own) + 1)
+        expected = {
+            "mean": own.mean(0), "weighted_mean": (p[:, None] * own).sum(0) / p.sum(), "last": own[-1], "first": own[0], "max": own.max(0),
+        }[mode]  # fmt: skip
+        np.testing.assert_allclose(vector, expected, atol=1e-6)
 
 
 @pytest.mark.parametrize("mode", POOLING_MODES)
@@ -38,4 +40,4 @@ def test_empty_row_gives_zeros_and_bfloat16_is_pooled_in_float32(mode):
 
 def test_unknown_mode():
     with pytest.raises(ValueError, match="pooling is 'eos', expected one of mean, weighted_mean"):
-        pool(torch.zeros(1, 1, 1), MASK[:1, :1], "eos")
+        pool(torch.zeros(1, 1, 1), torch.ones(1, 1, dtype=torch.bool), "eos")

@@ -416,18 +416,6 @@ def test_pairs(tmp_path):
         read_pairs(tmp_path / "p.tsv")
 
 
-def test_pack_blocks(model_folder):
-    from llm2vec_min.tokenizer import Tokenizer
-
-    tokenizer = Tokenizer(model_folder)
-    blocks = pack_blocks(tokenizer, TEXTS[:3] * 5, 16)
-    flat = np.concatenate([row.ids for row in tokenizer.encode(TEXTS[:3] * 5)])
-    assert blocks.flatten().tolist() == flat[: blocks.size].tolist()
-    assert len(flat) - blocks.size < 16
-    with pytest.raises(ValueError, match="at least one block of 512 is needed"):
-        pack_blocks(tokenizer, ["a"], 512)
-
-
 def test_batches_cover_an_epoch_and_resume():
     order = batches(10, 3, seed=0)
     first = [next(order) for _ in range(7)]
