@@ -50,10 +50,10 @@ MUTATIONS = [
     (f"{P}/lora.py", "linear.bias = self.bias", "linear.bias = None if self.bias is None else torch.zeros_like(self.bias)", L),
     # ---- pooling ----
     (f"{P}/pooling.py", "hidden = hidden.float()", "hidden = hidden + 0", PO),
-    (f"{P}/pooling.py", "(order * pool_mask).float()", "order.float()", f"{PO} {PR}"),
-    (f"{P}/pooling.py", "(order == order[:, -1:])", "(order == order[:, -1:] - 1)", f"{PO} {PR}"),
-    (f"{P}/pooling.py", "hidden.masked_fill(~pool_mask[:, :, None], -torch.inf)", "hidden.masked_fill(~pool_mask[:, :, None], 0)", f"{PO} {PR}"),
-    (f"{P}/pooling.py", "weights = pool_mask.float()", "weights = torch.ones_like(pool_mask).float()", f"{PO} {PR}"),
+    (f"{P}/pooling.py", "(order * pool_mask).float()", "order.float()", PO),
+    (f"{P}/pooling.py", "(order == order[:, -1:])", "(order == order[:, -1:] - 1)", PO),
+    (f"{P}/pooling.py", "hidden.masked_fill(~pool_mask[:, :, None], -torch.inf)", "hidden.masked_fill(~pool_mask[:, :, None], 0)", PO),
+    (f"{P}/pooling.py", "weights = pool_mask.float()", "weights = torch.ones_like(pool_mask).float()", PO),
     # ---- tokenizer ----
     (f"{P}/tokenizer.py", "& ~inserted", "", f"{T} {PR}"),
     (f"{P}/tokenizer.py", "len(head) - head.endswith(\" \")", "len(head)", f"{T} {PR}"),

@@ -356,6 +356,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--model", "{causal}"], "MNTP trains a bidirectional encoder, found causal=True"),
         (["--stage", "pretrain", "--hidden-size", "100"], "--hidden-size is 100, expected an even number for each of 4"),
         (["--stage", "pretrain", "--num-key-value-heads", "3"], "--num-key-value-heads is 3, expected a divisor of 4"),
+        (["--stage", "pretrain", "--num-hidden-layers", "0"], "--num-hidden-layers is 0, expected a number above 0"),
         (["--stage", "pretrain", "--data", "{long}", "--batch-size", "9000"], "examples, fewer than one batch of 9000"),
         (
             ["--stage", "pretrain", "--model", "{model}"],
