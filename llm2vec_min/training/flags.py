@@ -225,7 +225,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             )
         if args.dry_run:
             raise ValueError("--dry-run plans the stages that train an adapter, pretrain is none")
-        for name in ("intermediate_size", "num_hidden_layers"):
+        for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
             if getattr(args, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
         heads, width = args.num_attention_heads, args.hidden_size
