@@ -121,7 +121,6 @@ def measure(
     *,
     limit: int | None = None,
     instructions: dict[str, str] | None = None,
-    batch_size: int = 32,
     layers: list[int] | None = None,
     show_progress: bool = False,
 ) -> Measured:
@@ -133,7 +132,7 @@ def measure(
     measured, seeds = {}, resample_seeds(tasks)
     for name, (kind, data) in tqdm(tasks.items(), desc="scoring", unit="task", disable=not show_progress):
         more = [layers] if kind == "words" else []
-        scores = KINDS[kind][1](l2v, data, limit, (instructions or {}).get(kind), batch_size, *more)
+        scores = KINDS[kind][1](l2v, data, limit, (instructions or {}).get(kind), *more)
         measured[name] = {metric: resample(score, seed=seeds[name]) for metric, score in scores.items()}
     return measured
 
@@ -153,7 +152,6 @@ def evaluate(l2v: LLM2Vec, tasks: list[str], *, instructions: dict[str, str] | N
         tasks: such as "sts:pairs.tsv"; the kinds and their files are described in `sentences` and `words`.
         instructions: kind -> what to put before its texts (retrieval and reranking: before the queries only).
         limit: at most so many test rows (queries, sentences) of each task, drawn at random, and as many to train on.
-        batch_size: texts per forward pass.
         layers: of word tasks, also these layers.
         show_progress: a bar over the tasks.
     Returns:

@@ -262,10 +262,10 @@ def kmeans(x: Tensor, k: int, generator: torch.Generator, centers: Tensor | None
 # ---- Tasks: an encoder and what was read, to scores ----
 
 
-def embed(l2v: LLM2Vec, texts: list[str], instruction: str | None, batch_size: int) -> np.ndarray:
+def embed(l2v: LLM2Vec, texts: list[str], instruction: str | None) -> np.ndarray:
     """Vectors of length 1, (N, C), every distinct text encoded once; ValueError where one is not finite."""
     distinct = list(dict.fromkeys(texts))
-    vectors = l2v.encode(distinct, instruction, batch_size=batch_size, normalize=True)
+    vectors = l2v.encode(distinct, instruction, normalize=True)
     if not np.isfinite(vectors).all():
         text = distinct[int(np.flatnonzero(~np.isfinite(vectors).all(-1))[0])]
         raise ValueError(f"the encoder's vector of {text[:60]!r} is not finite; try --dtype float32")
@@ -273,34 +273,30 @@ def embed(l2v: LLM2Vec, texts: list[str], instruction: str | None, batch_size: i
     return vectors[[row[text] for text in texts]]
 
 
-def embed_distinct(l2v: LLM2Vec, texts: list[str], batch_size: int) -> tuple[np.ndarray, np.ndarray]:
+def embed_distinct(l2v: LLM2Vec, texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
     """Vectors of the distinct texts, (M, C), and each text's row in them, (N,). Equal texts have equal scores only if these
     are computed once: in a product of a matrix two equal rows may differ in the last digit."""
-    return embed(l2v, sorted(set(texts)), None, batch_size), numbered(texts)
+    return embed(l2v, sorted(set(texts)), None), numbered(texts)
 
 
-def cosine_scores(
-    l2v: LLM2Vec, first: list[str], second: list[str], batch_size: int = 32, instruction: str | None = None
-) -> np.ndarray:
+def cosine_scores(l2v: LLM2Vec, first: list[str], second: list[str], instruction: str | None = None) -> np.ndarray:
     """Cosine of each pair's embeddings, (N,); every distinct sentence is encoded once."""
-    vectors = embed(l2v, first + second, instruction, batch_size)
+    vectors = embed(l2v, first + second, instruction)
     return np.einsum("nc,nc->n", vectors[: len(first)], vectors[len(first) :])
 
 
-def sts_score(l2v: LLM2Vec, path: str | Path, batch_size: int = 32) -> float:
+def sts_score(l2v: LLM2Vec, path: str | Path) -> float:
     """Spearman x 100 between cosines and the scores of a pairs file (score <tab> sentence <tab> sentence)."""
     scores, first, second = read_pairs(path)
-    return 100 * spearman(cosine_scores(l2v, first, second, batch_size), scores)
+    return 100 * spearman(cosine_scores(l2v, first, second), scores)
 
 
-def score_pairs(
-    l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int, metric: str
-) -> dict[str, Score]:
+def score_pairs(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, metric: str) -> dict[str, Score]:
     """Spearman or average precision of the cosines. Pairs that share an anchor (the sentence of the two that occurs in
     more pairs) are one group."""
     rows = sample(len(data[0]), limit)
     gold, first, second = data[0][rows], [data[1][i] for i in rows], [data[2][i] for i in rows]
-    cosines, times = cosine_scores(l2v, first, second, batch_size, instruction), Counter(first + second)
+    cosines, times = cosine_scores(l2v, first, second, instruction), Counter(first + second)
     groups = numbered([a if times[a] >= times[b] else b for a, b in zip(first, second, strict=True)])
     formula = {"spearman": spearman, "average_precision": average_precision}[metric]
 
@@ -312,12 +308,12 @@ def score_pairs(
     return {metric: Score(statistic, groups)}
 
 
-def score_classification(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
+def score_classification(l2v: LLM2Vec, data, limit: int | None, instruction: str | None) -> dict[str, Score]:
     """Accuracy and macro F1 of a logistic regression; both files are cut to `limit` rows."""
     vectors, labels = [], []
     for part in data:
         rows = sample(len(part["texts"]), limit)
-        vectors.append(embed(l2v, [part["texts"][i] for i in rows], instruction, batch_size))
+        vectors.append(embed(l2v, [part["texts"][i] for i in rows], instruction))
         labels.append([part["labels"][i] for i in rows])
     train, gold = np.split(numbered(labels[0] + labels[1]), [len(labels[0])])
     predicted = logistic_regression(vectors[0], train, vectors[1], l2v.device)
@@ -327,27 +323,27 @@ def score_classification(l2v: LLM2Vec, data, limit: int | None, instruction: str
     }
 
 
-def score_clustering(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
+def score_clustering(l2v: LLM2Vec, data, limit: int | None, instruction: str | None) -> dict[str, Score]:
     """V-measure of k-means with as many clusters as there are labels, the mean over ten seeds."""
     rows = sample(len(data["texts"]), limit)
     gold = numbered([data["labels"][i] for i in rows])
     k = int(gold.max()) + 1
     if not 1 < k < len(gold):  # --limit left one label, or each once
         return {"v_measure": Score(lambda rows: float("nan"), np.arange(len(gold)))}
-    x = torch.from_numpy(embed(l2v, [data["texts"][i] for i in rows], instruction, batch_size))
+    x = torch.from_numpy(embed(l2v, [data["texts"][i] for i in rows], instruction))
     found = [kmeans(x, k, torch.Generator().manual_seed(seed)).numpy() for seed in range(10)]
     return {"v_measure": Score(lambda r: 100 * float(np.mean([v_measure(gold[r], c[r]) for c in found])), np.arange(len(gold)))}
 
 
-def score_retrieval(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
+def score_retrieval(l2v: LLM2Vec, data, limit: int | None, instruction: str | None) -> dict[str, Score]:
     """nDCG@10 and recall@100 by cosine over the whole corpus, for every judged query (`limit` of them). Documents get no
     instruction; equal scores (and equal texts) rank by document id, the last first, as in trec_eval."""
     documents, queries, qrels = data
     ids = sorted(documents, reverse=True)
     judged = [list(qrels)[i] for i in sample(len(qrels), limit)]
-    vectors, rows = embed_distinct(l2v, [documents[id] for id in ids], batch_size)
+    vectors, rows = embed_distinct(l2v, [documents[id] for id in ids])
     values: dict[str, list[float]] = {"ndcg_at_10": [], "recall_at_100": []}
-    for id, query in zip(judged, embed(l2v, [queries[id] for id in judged], instruction, batch_size), strict=True):
+    for id, query in zip(judged, embed(l2v, [queries[id] for id in judged], instruction), strict=True):
         order = np.argsort(-(vectors @ query)[rows], kind="stable")[:100]
         gains, known = np.array([qrels[id].get(ids[i], 0) for i in order]), np.array(list(qrels[id].values()))
         values["ndcg_at_10"].append(ndcg(gains, known, 10))
@@ -355,11 +351,11 @@ def score_retrieval(l2v: LLM2Vec, data, limit: int | None, instruction: str | No
     return {metric: mean_score(np.array(v)) for metric, v in values.items()}
 
 
-def score_reranking(l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int) -> dict[str, Score]:
+def score_reranking(l2v: LLM2Vec, data, limit: int | None, instruction: str | None) -> dict[str, Score]:
     """Mean average precision of each query's own candidates by cosine; candidates get no instruction."""
     data = [data[i] for i in sample(len(data), limit)]
-    queries = embed(l2v, [query for query, _, _ in data], instruction, batch_size)
-    vectors, rows = embed_distinct(l2v, [text for _, a, b in data for text in a + b], batch_size)
+    queries = embed(l2v, [query for query, _, _ in data], instruction)
+    vectors, rows = embed_distinct(l2v, [text for _, a, b in data for text in a + b])
     values, start = [], 0
     for query, (_, a, b) in zip(queries, data, strict=True):
         stop = start + len(a) + len(b)

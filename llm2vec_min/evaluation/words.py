@@ -70,7 +70,7 @@ def read_probe(paths: str) -> tuple[list[Sentence], list[Sentence]]:
 
 
 @torch.no_grad()
-def word_states(l2v: LLM2Vec, sentences: list[list[str]], layers: list[int], batch_size: int = 32) -> dict:
+def word_states(l2v: LLM2Vec, sentences: list[list[str]], layers: list[int]) -> dict:
     """States of every word: the mean over its sub-words, in float32.
 
     Args:
@@ -95,7 +95,7 @@ def word_states(l2v: LLM2Vec, sentences: list[list[str]], layers: list[int], bat
     states = {(layer, left): torch.zeros(first, l2v.decoder.config.hidden_size) for layer in layers for left in (False, True)}
     counts = torch.zeros(first, 1)
     lengths = [len(row.ids) for row in encoded]
-    for rows in sorted_batches(lengths, batch_size, l2v.max_tokens):
+    for rows in sorted_batches(lengths, len(lengths), l2v.max_tokens):
         batch = l2v.tokenizer.collate([encoded[i] for i in rows], l2v.device)
         hidden = l2v.decoder(batch.input_ids, batch.padding_mask, causal=l2v.causal, all_layers=True)
         pad = [batch.input_ids.shape[1] - lengths[i] for i in rows]
@@ -110,7 +110,7 @@ def word_states(l2v: LLM2Vec, sentences: list[list[str]], layers: list[int], bat
 
 
 def score_words(
-    l2v: LLM2Vec, data, limit: int | None, instruction: str | None, batch_size: int, layers: list[int] | None = None
+    l2v: LLM2Vec, data, limit: int | None, instruction: str | None, layers: list[int] | None = None
 ) -> dict[str, Score]:
     """Token accuracy, and F1 of whole chunks where the tags are of the form B-X, I-X, O; sentences are resampled.
 
@@ -125,7 +125,7 @@ def score_words(
     names, classes = np.unique([tag for _, tags in train for tag in tags], return_inverse=True)
     chunked = all(tag == "O" or tag[1:2] == "-" for tag in names)
     wanted = dict.fromkeys([L, *(layers or [])])
-    inputs, targets = (word_states(l2v, [words for words, _ in part], list(wanted), batch_size) for part in (train, test))
+    inputs, targets = (word_states(l2v, [words for words, _ in part], list(wanted)) for part in (train, test))
     scores: dict[str, Score] = {}
     stops = np.cumsum([len(tags) for tags in gold])[:-1]
     for layer, left in sorted(inputs, key=lambda key: (key[0] != L, key)):

@@ -26,13 +26,12 @@ class MTEBEncoder:
 
     Args:
         instructions: by task name, before mteb's own `task.metadata.prompt`. "" gives a task none.
-        batch_size: most texts per forward pass.
     """
 
-    def __init__(self, l2v: LLM2Vec, instructions: dict[str, str] | None = None, batch_size: int = 32):
+    def __init__(self, l2v: LLM2Vec, instructions: dict[str, str] | None = None):
         from mteb.models.model_meta import ModelMeta
 
-        self.l2v, self.instructions, self.batch_size = l2v, instructions or {}, batch_size
+        self.l2v, self.instructions = l2v, instructions or {}
         # mteb keeps results by name (owner/name) and revision: another run on the same base must not find this one's
         told = hashlib.sha256(json.dumps(self.instructions, sort_keys=True).encode()).hexdigest()[:8]
         revision = f"{l2v.fingerprint()}-{told}"
@@ -53,7 +52,7 @@ class MTEBEncoder:
         """(N, C) float32, normalised, for batches of {"text": [...]}."""
         texts = [text for batch in inputs for text in batch["text"]]
         instruction = self.instruction(task_metadata, prompt_type)
-        return self.l2v.encode(texts, instruction, batch_size=self.batch_size, normalize=True)
+        return self.l2v.encode(texts, instruction, normalize=True)
 
     def similarity(self, a, b) -> Tensor:
         """Cosine of every pair, (N, M)."""
@@ -75,10 +74,7 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--tasks", nargs="+", action="extend", required=True, help="names of mteb tasks")
     parser.add_argument("--instructions", metavar="FILE.json", help="task name -> instruction, before mteb's own")
     parser.add_argument("--output", default="results", help="folder for mteb's results [results]")
-    parser.add_argument("--batch-size", type=int, default=32, help="most texts per forward pass [32]")
     args = parser.parse_args(argv)
-    if args.batch_size < 1:
-        raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1")
     try:
         import mteb
     except ImportError:
@@ -91,7 +87,7 @@ def main(argv: list[str]) -> None:
     except KeyError as error:
         raise ValueError(f"--tasks: {error.args[0].removeprefix('KeyError: ')}") from None
     l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, dtype=args.dtype, device=args.device)
-    encoder = MTEBEncoder(l2v, instructions, args.batch_size)
+    encoder = MTEBEncoder(l2v, instructions)
     results = mteb.evaluate(encoder, tasks, cache=mteb.ResultCache(args.output))
     for result in results.task_results:
         print(f"{result.task_name}: {100 * result.get_score():.2f}")

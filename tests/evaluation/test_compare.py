@@ -37,7 +37,7 @@ def test_pairs_that_share_a_sentence_are_one_group(tmp_path):
     lines = [f"{i % 5}\tthe anchor\tother {i}" for i in range(4)] + [f"{i}\tother {9 + i}\tanother one" for i in range(3)]
     (tmp_path / "p.tsv").write_text("\n".join([*lines, "1\tx\ty"]))
     l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
-    score = sentences.score_pairs(l2v, sentences.read_pairs(tmp_path / "p.tsv"), None, None, 32, "spearman")["spearman"]
+    score = sentences.score_pairs(l2v, sentences.read_pairs(tmp_path / "p.tsv"), None, None, "spearman")["spearman"]
     assert sorted(np.unique(score.groups, return_counts=True)[1]) == [1, 3, 4]
 
 
@@ -130,7 +130,7 @@ def test_a_resample_of_one_label_has_no_precision(tmp_path, monkeypatch):
     for sign in (-1, 1):
         cosines = sign * np.linspace(1, 0, 60)
         monkeypatch.setattr(sentences, "cosine_scores", lambda *_, cosines=cosines: cosines)
-        score = sentences.score_pairs(None, data, None, None, 32, "average_precision")["average_precision"]
+        score = sentences.score_pairs(None, data, None, None, "average_precision")["average_precision"]
         measured.append(compare.resample(score))
     assert 20 < np.isnan(measured[0][1]).sum() < 80  # (57 / 60)^60 = 4.6 % of 1,000
     found = compare.interval(*measured[1])

@@ -74,7 +74,7 @@ def test_retrieval_equals_trec_eval(l2v, files):
     """With six documents there twice: equal cosines, ordered by document id."""
     documents, queries, qrels = sentences.read_retrieval(files)
     assert documents["d0"] == "Title " + SECOND[0] and documents["d1"] == SECOND[1] and len(qrels) == 5
-    ids, vectors = list(documents), sentences.embed(l2v, list(documents.values()), None, 32)
+    ids, vectors = list(documents), sentences.embed(l2v, list(documents.values()), None)
     told = l2v.encode([["Find:", text] for text in queries.values()], normalize=True)
     run = {q: dict(zip(ids, map(float, vectors @ v), strict=True)) for q, v in zip(queries, told, strict=True)}
     theirs = pytrec_eval.RelevanceEvaluator(qrels, {"ndcg_cut.10", "recall.100"}).evaluate(run)
@@ -262,17 +262,17 @@ def test_equal_documents_rank_by_their_id(l2v):
     """However the product of a matrix rounds: of 37 equal documents the one with the last id comes first, for 200 queries."""
     documents, queries = {f"{i:02}": "a cat sat down" for i in range(37)}, {str(i): f"dogs run {i} times" for i in range(200)}
     data = documents, queries, {id: {"36": 1} for id in queries}
-    assert sentences.score_retrieval(l2v, data, None, None, 32)["ndcg_at_10"].statistic(np.arange(200)) == 100
+    assert sentences.score_retrieval(l2v, data, None, None)["ndcg_at_10"].statistic(np.arange(200)) == 100
     rows = [(query, ["a cat sat down"], ["a cat sat down"] * 36) for query in queries.values()]
-    every = sentences.score_reranking(l2v, rows, None, None, 32)["map"].statistic(np.arange(200))
+    every = sentences.score_reranking(l2v, rows, None, None)["map"].statistic(np.arange(200))
     assert every == pytest.approx(100 / 37), "all candidates are one tie"
 
 
 def test_a_limit_that_leaves_one_label_has_no_score(l2v):
     labels = [str(i // 2) for i in range(200)]
-    few = sentences.score_clustering(l2v, {"labels": labels, "texts": [f"text {i}" for i in range(200)]}, 2, None, 32)
+    few = sentences.score_clustering(l2v, {"labels": labels, "texts": [f"text {i}" for i in range(200)]}, 2, None)
     data = np.ones(8), [f"a {i}" for i in range(8)], [f"b {i}" for i in range(8)]
-    one = sentences.score_pairs(l2v, data, None, None, 32, "average_precision")
+    one = sentences.score_pairs(l2v, data, None, None, "average_precision")
     assert np.isnan(few["v_measure"].statistic(np.arange(2))) and np.isnan(one["average_precision"].statistic(np.arange(8)))
 
 
@@ -377,7 +377,7 @@ def test_a_sample_is_drawn_from_the_whole_file():
 
 
 def test_limit_cuts_the_queries(l2v, files):
-    scores = sentences.score_retrieval(l2v, sentences.read_retrieval(files), 2, None, 32)
+    scores = sentences.score_retrieval(l2v, sentences.read_retrieval(files), 2, None)
     assert all(len(score.groups) == 2 for score in scores.values())
 
 
@@ -387,6 +387,6 @@ def test_limit_cuts_the_queries(l2v, files):
 )
 def test_an_instruction_goes_before_every_text(l2v, files, task, monkeypatch):
     seen, embed = set(), sentences.embed
-    monkeypatch.setattr(sentences, "embed", lambda l2v, texts, told, size: seen.add(told) or embed(l2v, texts, told, size))
+    monkeypatch.setattr(sentences, "embed", lambda l2v, texts, told: seen.add(told) or embed(l2v, texts, told))
     evaluate(l2v, [task.format(files, files)], instructions={task.partition(":")[0]: "Tell the topic:"})
     assert seen == {"Tell the topic:"}

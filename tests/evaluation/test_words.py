@@ -45,13 +45,14 @@ def test_bad_files(tmp_path, names, contents, message):
 
 
 @pytest.mark.parametrize("kind", ["llama-2", "llama-3", "smollm2"])
-def test_states_by_hand(tmp_path, kind):
+def test_states_by_hand(tmp_path, kind, monkeypatch):
     """Each word's tokens found from the text itself, the states of one sentence at a time without padding."""
+    monkeypatch.setattr("llm2vec_min.encoder.MAX_TOKENS_CPU", 100)  # several batches
     make_reference("llama", vocab_size=600).save_pretrained(tmp_path)
     l2v = LLM2Vec.from_pretrained(write_tokenizer(tmp_path, kind), device="cpu", max_length=40)
     sentences = [text.split() for text in TEXTS if text.split()] + [["word"] * 60]
     layers = [0, 2, 3]
-    ours = words.word_states(l2v, sentences, layers, batch_size=3)
+    ours = words.word_states(l2v, sentences, layers)
     row = 0
     for sentence in sentences:
         ids = l2v.tokenizer.backend.encode(" ".join(sentence)).ids[:40]
@@ -129,4 +130,4 @@ def test_limit_cuts_the_sentences(tmp_path, monkeypatch):
     (tmp_path / "w.conll").write_text("a X\nb Y\n\n" * 30)
     data = words.read_probe(f"{tmp_path}/w.conll,{tmp_path}/w.conll")
     l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
-    assert {len(score.groups) for score in words.score_words(l2v, data, 5, None, 32).values()} <= {5, 10}
+    assert {len(score.groups) for score in words.score_words(l2v, data, 5, None).values()} <= {5, 10}
