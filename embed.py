@@ -43,7 +43,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--dim", type=int, help="only the first so many numbers of each vector (see train.py --matryoshka)")
     parser.add_argument("--batch-size", type=int, help="most texts per forward pass [as many as fill the device]")
     parser.add_argument("--max-length", type=int, help="tokens per text; longer ones are cut [the model's own, 512]")
-    parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own direction]")
+    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, help="look back only [the model's own direction]")
     return parser
 
 

@@ -50,7 +50,7 @@ from llm2vec_min.training.output import (
     is_run,
     plan_output,
 )  # fmt: skip
-from llm2vec_min.training.pretrain import pretrain, train_tokenizer
+from llm2vec_min.training.pretrain import BOS, EOS, PAD, pretrain, train_tokenizer
 from llm2vec_min.training.settings import Settings
 from llm2vec_min.training.simcse import train_simcse
 from llm2vec_min.training.supervised import train_supervised
@@ -94,7 +94,7 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, argum
     bfloat16, options = args.dtype == "bfloat16", dict(arguments=arguments, evaluate=evaluate, resume=resume)
     pretrain(model, blocks, held_out, settings, work, tokenizer=tokenizer, bfloat16=bfloat16, compiled=args.compile, **options)
     save_checkpoint(model, work, torch.bfloat16)
-    ids = {name: tokenizer.backend.token_to_id(t) for name, t in (("bos", "<s>"), ("eos", "</s>"), ("pad", "<pad>"))}
+    ids = {name: tokenizer.backend.token_to_id(t) for name, t in (("bos", BOS), ("eos", EOS), ("pad", PAD))}
     write_json(
         work / "config.json",
         config.to_dict()
@@ -120,7 +120,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     l2v = LLM2Vec.from_pretrained(
         args.model,
         adapters=args.adapter,
-        causal=args.causal or None,  # without the flag an earlier stage keeps its direction
+        causal=args.causal,
         pooling=args.pooling,
         dtype=args.dtype,
         device="cpu" if args.shard else device,
@@ -175,7 +175,7 @@ def fit_memory(
     if args.resume and before:
         settings = replace(settings, **{n: read_json(before[0] / ARGUMENTS)[n] for n in FITTED if n not in said})
     else:
-        config, machine = memory.shape_of_run(args.model, settings, args.device, args.dtype, args.shard)
+        config, machine = memory.shape_of_run(args.model, args.device, args.dtype, args.shard)
         free = memory.free_memory(device)
         settings = memory.fit(config, settings, args.stage, free, said, **machine)
         if rank() == 0 and len(said) < len(FITTED):

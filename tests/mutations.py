@@ -129,7 +129,7 @@ MUTATIONS = [
     ("train.py", "pack_blocks(l2v.tokenizer, train_lines, args.max_length, \"--data\")", "pack_blocks(l2v.tokenizer, train_lines, 16, \"--data\")", SE),
     ("train.py", "pooling=args.pooling,", "", SE),
     ("train.py", "adapters=args.adapter,", "", SE),
-    ("train.py", "causal=args.causal or None,", "", f"tests/test_cli.py {SE}"),
+    ("train.py", "causal=args.causal,", "", f"tests/test_cli.py {SE}"),
     ("train.py", "torch.manual_seed(args.seed)\n    add_lora", "add_lora", SE),
     ("train.py", "dtype=args.dtype,", "", SE),
     (f"{P}/lora.py", "        self.train(base.training)\n", "", L),

@@ -53,11 +53,27 @@ def test_evaluation(loaded, monkeypatch, tmp_path):
     tasks = [f"sts:{tmp_path}/p.tsv", f"words:{tmp_path}/w.conll,{tmp_path}/w.conll"]
     with pytest.raises(Reached):
         evaluation.main(["--model", "tiny", *MODEL_FLAGS, "--tasks", *tasks, "--causal", "--pooling", "max", "--max-length", "9",
-                         "--limit", "5", "--batch-size", "3", "--layers", "1", "2", "--instruction", "sts=Find:"])  # fmt: skip
+                         "--limit", "5", "--layers", "1", "2", "--instruction", "sts=Find:"])  # fmt: skip
     assert loaded == [MODEL | {"name": "tiny", "device": "cpu", "causal": True, "pooling": "max", "max_length": 9}]
     ((_, options),) = calls
-    expected = {"limit": 5, "batch_size": 3, "layers": [1, 2], "instructions": {"sts": "Find:"}, "show_progress": True}
+    expected = {"limit": 5, "layers": [1, 2], "instructions": {"sts": "Find:"}, "show_progress": True}
     assert options == expected
+
+
+def test_the_direction_can_be_said_either_way(loaded, monkeypatch, tmp_path):
+    (tmp_path / "p.tsv").write_text("1\ta\tb\n2\tc\td\n")
+    stop_at(monkeypatch, evaluation, "measure")
+    stop_at(monkeypatch, LLM2Vec, "encode")
+    stop_at(monkeypatch, LLM2Vec, "keep_adapters")
+    for flags, causal in ((["--causal"], True), (["--no-causal"], False), ([], None)):
+        for call in (
+            lambda: evaluation.main(["--model", "tiny", "--tasks", f"sts:{tmp_path}/p.tsv", *flags]),
+            lambda: embed.main(["a", *flags]),
+            lambda: train.main(["--stage", "simcse", "--output", str(tmp_path / "run"), *flags]),
+        ):
+            with pytest.raises(Reached):
+                call()
+            assert loaded.pop().get("causal") is causal
 
 
 def test_embed(loaded, monkeypatch):
@@ -105,11 +121,11 @@ def test_mteb(loaded, monkeypatch, tmp_path):
     calls = stop_at(monkeypatch, mteb, "evaluate")
     with pytest.raises(Reached):
         mteb_adapter.main(["--model", "tiny", *MODEL_FLAGS, "--tasks", "STS12", "--instructions", str(tmp_path / "i.json"),
-                           "--batch-size", "3", "--output", "there"])  # fmt: skip
+                           "--output", "there"])  # fmt: skip
     assert loaded == [MODEL | {"name": "tiny", "device": "cpu"}]
     (((encoder, tasks), options),) = calls
     assert (tasks, options) == (["STS12"], {"cache": "there"})
-    assert (encoder.instructions, encoder.batch_size) == ({"STS12": "Find:"}, 3)
+    assert encoder.instructions == {"STS12": "Find:"}
     vectors = encoder.encode(
         [{"text": ["a cat", "two dogs run"]}], task_metadata=type("T", (), {"name": "STS12", "prompt": None})
     )

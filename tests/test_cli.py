@@ -353,7 +353,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--lora-alpha", "0"], "--lora-alpha is 0.0, expected a number above 0"),
         (["--seed", "-1"], "--seed is -1, expected 0 or more"),
         (["--stage", "simcse", "--batch-size", "1"], "the negatives are the other texts of the batch, it needs at least 2"),
-        (["--model", "{causal}"], "MNTP trains a bidirectional encoder, found causal=True"),
+        (["--model", "{causal}"], "this one is causal: causal=False, or --no-causal"),
         (["--stage", "pretrain", "--hidden-size", "100"], "--hidden-size is 100, expected an even number for each of 4"),
         (["--stage", "pretrain", "--num-key-value-heads", "3"], "--num-key-value-heads is 3, expected a divisor of 4"),
         (["--stage", "pretrain", "--num-hidden-layers", "0"], "--num-hidden-layers is 0, expected a number above 0"),
@@ -524,6 +524,7 @@ def test_repeated_flags_add_up(files):
         (["a", "--device", "cpu:7"], "device 'cpu:7' is not available .there is one CPU"),
         (["a", "--model", ""], "model '' is neither a folder nor a hub id"),
         (["a", "--adapter", "{model}"], "is no adapter, expected a PEFT folder with adapter_config.json"),
+        (["a", "--adapter", "tiny-mntp"], "tiny-mntp: is a preset, a model with its adapters, expected one adapter's"),
         (["--input", "{cut}", "--output", "x.npy"], "cut.jsonl:2: the text holds half of a surrogate pair"),
     ],
 )

@@ -39,10 +39,9 @@ def build_parser() -> argparse.ArgumentParser:
                         help="put before these tasks' texts (queries only, where there are documents)")  # fmt: skip
     parser.add_argument("--limit", type=int, metavar="N", help="at most N rows to test on, and N to train on, drawn at random")
     parser.add_argument("--layers", type=int, nargs="+", metavar="L", help="word tasks: also the states after these layers")
-    parser.add_argument("--causal", action="store_true", default=None, help="look back only [the model's own direction]")
+    parser.add_argument("--causal", action=argparse.BooleanOptionalAction, help="look back only [the model's own direction]")
     parser.add_argument("--pooling", choices=POOLING_MODES, help="token states to one vector [the model's own]")
     parser.add_argument("--max-length", type=int, help="tokens per text; longer ones are cut [the model's own, 512]")
-    parser.add_argument("--batch-size", type=int, default=32, help="most texts per forward pass [32]")
     parser.add_argument("--json", metavar="OUT.json", help="write the scores: task, metric, value, low, high")
     parser.add_argument("--plot", metavar="OUT.png", help="draw the scores as bars (needs matplotlib)")
     return parser
@@ -54,11 +53,11 @@ def check(args: argparse.Namespace) -> dict[str, str]:
         raise ValueError("--model goes alone; --compare and --ladder name the models themselves")
     if args.adapter and (args.compare or args.ladder):
         raise ValueError("--adapter goes with --model; --compare takes runs")
-    if args.causal and args.ladder:
+    if args.causal is not None and args.ladder:
         raise ValueError("--causal goes without --ladder, whose columns have directions of their own")
     if wrong := [text for text in args.instruction if "=" not in text]:
         raise ValueError(f"--instruction {wrong[0]!r}: expected KIND=TEXT")
-    for name, least in (("limit", 2), ("batch_size", 1), ("max_length", 1)):
+    for name, least in (("limit", 2), ("max_length", 1)):
         if getattr(args, name) is not None and getattr(args, name) < least:
             raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected at least {least}")
     if args.plot and find_spec("matplotlib") is None:
@@ -101,7 +100,7 @@ def main(argv: list[str]) -> None:
         print(f"{name}, {number} of {len(models)}", file=sys.stderr)
         options = {"adapters": args.adapter} | options | given
         l2v = LLM2Vec.from_pretrained(**options, dtype=args.dtype, device=args.device)
-        options = {"limit": args.limit, "batch_size": args.batch_size, "layers": args.layers, "show_progress": True}
+        options = {"limit": args.limit, "layers": args.layers, "show_progress": True}
         measured[name] = measure(l2v, tasks, instructions=instructions, **options)
         result = report(measured)
         if args.json:  # after every model: a comparison that is stopped keeps those that are done

@@ -113,8 +113,8 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--attention-dropout", "simcse: on attention probabilities, the noise between twins", type=float)
     add(group, "--temperature", "simcse, supervised: divides the cosines", type=float)
     add(group, "--pooling", "token states to one vector [the model's own, mean]", choices=POOLING_MODES)
-    add(group, "--causal", "simcse, supervised: keep the causal mask (the baseline; --pooling weighted_mean suits it)",
-        action="store_true", default=False)  # fmt: skip
+    add(group, "--causal", "look back only (the baseline of simcse and supervised; --pooling weighted_mean suits it), or not [the "
+        "model's own direction, not]", action=argparse.BooleanOptionalAction)  # fmt: skip
     add(group, "--ratio", "supervised: draw a data set (by the name of its file) so many times as often as its size says",
         nargs="+", action="extend", default=[], metavar="NAME=2")  # fmt: skip
     add(group, "--symmetric", "supervised: data sets whose positives and negatives get the instruction too; no name: all",

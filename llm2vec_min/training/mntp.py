@@ -66,11 +66,11 @@ def mask_tokens(
     maskable[:, 0] = False
     chosen = (draw() < probability) & maskable
     labels = input_ids.masked_fill(~chosen, IGNORED)
-    fate = draw()
-    random_ids = torch.randint(vocab_size, input_ids.shape, generator=generator)
     if style == "all":
         masked_ids = input_ids.masked_fill(chosen, mask_id)
     elif style == "bert":
+        fate = draw()
+        random_ids = torch.randint(vocab_size, input_ids.shape, generator=generator)
         masked_ids = input_ids.masked_fill(chosen & (fate < 0.8), mask_id)
         masked_ids = torch.where(chosen & (fate >= 0.9), random_ids, masked_ids)
     else:
@@ -171,7 +171,7 @@ def train_mntp(
         ValueError: a causal encoder, or one without its output head.
     """
     if l2v.causal:
-        raise ValueError("MNTP trains a bidirectional encoder, found causal=True")
+        raise ValueError("MNTP trains a bidirectional encoder, and this one is causal: causal=False, or --no-causal, turns it")
     if l2v.lm_head is None:
         raise ValueError("MNTP needs the output head: LLM2Vec.from_pretrained(..., lm_head=True)")
 

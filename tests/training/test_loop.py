@@ -113,6 +113,11 @@ def test_loss_falls(model_folder):
     assert np.mean(losses[-5:]) < 0.9 * np.mean(losses[:5])
 
 
+def test_small_numbers_keep_their_digits(model_folder):
+    _, loop = train(model_folder, "mntp", settings=dict(steps=1, lr=1.2345e-12))
+    assert [record["lr"] for record in loop.history if "lr" in record] == [1.2345e-12]
+
+
 def test_nothing_to_train(model_folder):
     l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
     with pytest.raises(ValueError, match="no weight to train.*add_lora"):
@@ -121,7 +126,7 @@ def test_nothing_to_train(model_folder):
 
 def test_mntp_refuses_causal(model_folder):
     l2v = LLM2Vec.from_pretrained(model_folder, causal=True, device="cpu", lm_head=True)
-    with pytest.raises(ValueError, match="found causal=True"):
+    with pytest.raises(ValueError, match="this one is causal"):
         train_mntp(l2v, np.zeros((4, 4), int), np.zeros((4, 4), int), Settings())
 
 

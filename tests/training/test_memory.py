@@ -189,10 +189,10 @@ def test_a_stage_of_ones_own_is_planned_as_one_text_a_row():
 def test_the_plan_of_a_run_knows_its_dtype_and_processes(monkeypatch):
     settings = Settings(batch_size=8, max_length=16)
     for device, dtype, size in (("cpu", None, 4), ("cpu", "bfloat16", 2), ("cuda", None, 2), ("cuda", "float32", 4)):
-        assert shape_of_run("tiny", settings, device, dtype, False)[1] == {
+        assert shape_of_run("tiny", device, dtype, False)[1] == {
             "size": size, "processes": 1, "sharded": False, "on_gpu": device == "cuda",
         }  # fmt: skip
     monkeypatch.setenv("WORLD_SIZE", "4")
-    assert shape_of_run("tiny", settings, "cpu", None, True)[1]["processes"] == 4
+    assert shape_of_run("tiny", "cpu", None, True)[1]["processes"] == 4
     four, two = (plan_run("tiny", "mntp", settings, "cpu", dtype, False).memory["weights"] for dtype in ("float32", "bfloat16"))
     assert four == 2 * two > 0
