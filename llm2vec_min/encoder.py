@@ -29,6 +29,7 @@ from .weights import (
     ADAPTER,
     ADAPTER_CONFIG,
     adapter_of,
+    base_of,
     load_adapter,
     load_decoder,
     load_language_model,
@@ -41,8 +42,8 @@ LLM2VEC_CONFIG = "llm2vec_config.json"
 _mode_lock = threading.Lock()  # of the module, because a model with a lock in it cannot be copied
 
 
-# The authors' llm2vec_config.json has the same fields. What they call last_token is `last`; eos_token and bos_token pool a
-# special token, which this project never does: such a checkpoint needs `pooling` said.
+# The authors' llm2vec_config.json has the first two fields of SETTINGS. What they call last_token is `last`; eos_token and
+# bos_token pool a special token, which this project never does: such a checkpoint needs `pooling` said.
 POOLING_ALIASES = {"last_token": "last"}
 THEIR_POOLINGS = ("eos_token", "bos_token")
 
@@ -72,7 +73,10 @@ def read_settings(folder: Path) -> dict:
     for name, (expected, holds) in SETTINGS.items():
         if name in settings and not holds(settings[name]):
             raise ValueError(f"{path}: {name} is {short(settings[name])}, expected {expected}")
-    ours = {"stage", "exported_from"} & settings.keys()  # the authors' files have fields that do not matter here
+    if settings.get("skip_instruction") is False:
+        raise ValueError(f"{path}: skip_instruction is false, but an instruction is never pooled here; delete it to have it so")
+    # the authors' files may have more fields; of these doc_max_length, where they cut a text before max_length, is not followed
+    ours = {"stage", "exported_from"} & settings.keys()
     if ours and (unknown := settings.keys() - ours - SETTINGS.keys()):
         raise ValueError(
             f"{path}: {short(min(unknown))} is no setting that this version knows, and without it the vectors may differ"
@@ -115,9 +119,10 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     if (own := f"adapters/{place.name}") in names:  # an earlier stage of a run, which stands on those before it
         return whole["base_model_name_or_path"], [member(run, name) for name in names[: names.index(own) + 1]], whole
     if (folder / ADAPTER_CONFIG).is_file():
-        base = read_json(member(folder, ADAPTER_CONFIG)).get("base_model_name_or_path")
-        if (folder / "config.json").is_file():
-            base = read_json(member(folder, "config.json")).get("_name_or_path") or base
+        base = base_of(folder)
+        named = (folder / "config.json").is_file() and read_json(member(folder, "config.json")).get("_name_or_path")
+        if named and named != str(base).partition("@")[0]:  # the authors' adapters lie beside one, which names the hub's base
+            base = named
         if not base or base == str(name) or not isinstance(base, str):
             raise ValueError(
                 f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {short(base)}, expected another model's name"
@@ -164,6 +169,8 @@ class LLM2Vec(nn.Module):
             raise ValueError(f"causal is {causal!r}, expected True or False")
         if max_length < 1:
             raise ValueError(f"max_length is {max_length}, expected at least 1 token")
+        if [type(part) for part in template] != [str, str]:
+            raise ValueError(f"template is {short(template)}, expected what stands before and after a text")
         self.decoder, self.tokenizer = decoder, tokenizer
         tokenizer.fit(decoder.config.vocab_size)
         self.causal, self.pooling, self.max_length, self.template = bool(causal), pooling, max_length, tuple(template)
@@ -205,6 +212,8 @@ class LLM2Vec(nn.Module):
             warnings.warn("bfloat16 on a CPU that has no instructions for it: float32 is several times faster", stacklevel=2)
         base, chain, settings = find_chain(name)
         for adapter in [adapters] if isinstance(adapters, (str, Path)) else adapters:
+            if str(adapter) in PRESETS:
+                raise ValueError(f"{adapter}: is a preset, a model with its adapters, expected one adapter's folder or hub id")
             chain.append(resolve(adapter))
             own = read_settings(chain[-1])
             if len(own.get("adapters", ())) > len(chain):
@@ -278,7 +287,7 @@ class LLM2Vec(nn.Module):
         for item in pairs:
             whole = isinstance(item, (list, tuple)) and len(item) == 2 and isinstance(item[1], str)
             if not whole or not isinstance(item[0] or "", str):
-                raise ValueError(f"expected a text or an [instruction, text] pair, found {item!r}")
+                raise ValueError(f"expected a text or an [instruction, text] pair, found {short(item)}")
             for text in item:
                 try:
                     (text or "").encode()

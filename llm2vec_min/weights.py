@@ -291,10 +291,12 @@ def adapter_of(decoder: Decoder, base_model: str) -> tuple[dict, dict[str, Tenso
         )
     kinds = sorted({name.rpartition(".")[2] for name in layers})
     on_all = len(layers) == sum(name.rpartition(".")[2] in kinds for name in linear)
+    base, revision = (base_model, "") if Path(base_model).is_dir() else base_model.partition("@")[::2]
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": base,
+        "revision": revision or None,  # of the base
         "r": r,
         "lora_alpha": int(alpha) if alpha == int(alpha) else alpha,
         "lora_dropout": dropout,
@@ -310,6 +312,14 @@ def adapter_of(decoder: Decoder, base_model: str) -> tuple[dict, dict[str, Tenso
         for child in ("lora_A", "lora_B"):
             tensors[f"base_model.model.{name}.{child}.weight"] = getattr(module, child).weight.detach().cpu().contiguous()
     return config, tensors
+
+
+def base_of(folder: Path) -> object:
+    """What an adapter's adapter_config.json names as its base model, as `owner/name@revision` where it names a revision."""
+    config = read_json(member(folder, ADAPTER_CONFIG))
+    base, revision = config.get("base_model_name_or_path"), config.get("revision")
+    on_hub = isinstance(base, str) and "@" not in base and not Path(base).exists()
+    return f"{base}@{revision}" if on_hub and isinstance(revision, str) and revision else base
 
 
 def save_adapter(folder: str | Path, config: dict, tensors: dict[str, Tensor]) -> None:

@@ -379,6 +379,9 @@ def test_a_template_by_hand(model_folder):
     templated = LLM2Vec.from_pretrained(model_folder, device="cpu", template=("[INST] ", " [/INST]"))
     assert templated.settings()["template"] == ["[INST] ", " [/INST]"]
     assert len(templated.tokenize(["a cat"])[0].ids) > len(LLM2Vec.from_pretrained(model_folder).tokenize(["a cat"])[0].ids)
+    for wrong in ("[INST] ", ("<",), ("<", None)):
+        with pytest.raises(ValueError, match="expected what stands before and after a text"):
+            LLM2Vec.from_pretrained(model_folder, device="cpu", template=wrong)
 
 
 def test_a_window_that_no_text_reaches_is_kept_for_longer_ones(tmp_path):

@@ -12,7 +12,9 @@ from llm2vec_min import LLM2Vec, hub
 from llm2vec_min.config import PAPER, PRESETS, Preset
 from llm2vec_min.encoder import find_chain
 from llm2vec_min.hub import find_preset, resolve
+from llm2vec_min.lora import add_lora
 from llm2vec_min.training.settings import Settings
+from llm2vec_min.weights import adapter_of, load_decoder, save_adapter
 
 
 def test_folder_and_preset(tmp_path, monkeypatch):
@@ -161,6 +163,26 @@ def test_a_revision_of_the_authors_second_adapter_is_the_one_that_is_fetched(mon
     fetched.clear()
     find_chain("llm2vec-mistral-unsup-simcse")
     assert fetched == [(name, None) for name in (preset.model, *preset.adapters)]
+
+
+def test_the_revision_of_an_adapters_base(reference, monkeypatch, tmp_path):
+    """PEFT keeps it in a field of its own."""
+    monkeypatch.setattr("llm2vec_min.hub.fetch", lambda repo, revision, *more: tmp_path / "base")
+    decoder = load_decoder(reference("llama")[1])
+    add_lora(decoder, r=2)
+    save_adapter(tmp_path, *adapter_of(decoder, "some/base@v2"))
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert (config["base_model_name_or_path"], config["revision"]) == ("some/base", "v2")
+    (tmp_path / "base").mkdir()
+    assert find_chain(tmp_path)[0] == "some/base@v2"
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "some/base"}))  # as the authors have one beside it
+    assert find_chain(tmp_path)[0] == "some/base@v2"
+    (tmp_path / "config.json").write_text(json.dumps({"_name_or_path": "other/base"}))
+    assert find_chain(tmp_path)[0] == "other/base"
+    here = tmp_path / "base@home"
+    here.mkdir()
+    save_adapter(tmp_path, *adapter_of(decoder, str(here)))
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(here)
 
 
 def test_a_home_folder_keeps_its_preset(monkeypatch, tmp_path):

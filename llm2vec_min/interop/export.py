@@ -24,7 +24,8 @@ from ..files import new_folder, read_json, write_json
 MARKER = "\x1f"
 PROBES = ("a", "The cat", " two", "1984", "🙂", "_", "\n")
 PLAIN = "plain"  # name of the prompt of a text without an instruction
-POOLING_NAMES = {"mean": "mean", "max": "max", "last": "lasttoken", "first": "cls", "weighted_mean": "weightedmean"}
+POOLING_NAMES = {"mean": "mean_tokens", "max": "max_tokens", "last": "lasttoken", "first": "cls_token",
+                 "weighted_mean": "weightedmean_tokens"}  # fmt: skip
 MAPPED = {"causal", "pooling_mode", "max_length", "template"}  # of `LLM2Vec.settings()`: what this file writes in others' terms
 
 
@@ -156,9 +157,7 @@ def _write_sentence_transformers(l2v: LLM2Vec, folder: Path, prompts: dict[str, 
         (folder / path).mkdir()
     write_json(folder / "sentence_bert_config.json", {"max_seq_length": l2v.max_length, "do_lower_case": False})
     pooling = {"word_embedding_dimension": l2v.width, "include_prompt": False}
-    for ours, theirs in POOLING_NAMES.items():
-        key = f"pooling_mode_{theirs}_token" + ("" if theirs in ("cls", "lasttoken") else "s")
-        pooling[key.replace("lasttoken_token", "lasttoken")] = ours == l2v.pooling
+    pooling |= {f"pooling_mode_{theirs}": ours == l2v.pooling for ours, theirs in POOLING_NAMES.items()}
     write_json(folder / "1_Pooling" / "config.json", pooling)
     write_json(
         folder / "config_sentence_transformers.json",
@@ -194,7 +193,7 @@ def model_card(
     else:
         imported, opened = "from llm2vec_min import LLM2Vec", 'LLM2Vec.from_pretrained("this folder")'
     if "/" in l2v.base_model and not Path(l2v.base_model).exists():
-        header.append(f"base_model: {l2v.base_model}")
+        header.append(f"base_model: {l2v.base_model.partition('@')[0]}")
     lines = [
         *header,
         f"tags: [llm2vec, {library}, feature-extraction]",

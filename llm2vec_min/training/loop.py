@@ -196,7 +196,7 @@ class Loop:
         self.skipped = 0
         rate = tokens / (time.perf_counter() - self.started)
         record = dict(step=self.step + 1, loss=loss, lr=self.lr, grad_norm=norm, tokens_per_s=rate, **more)
-        self._record({name: round(value, 8) for name, value in record.items()})
+        self._record({name: float(f"{value:.8g}") for name, value in record.items()})
         self.bar.set_postfix_str(f"loss {record['loss']:.3f}, lr {self.lr:.1e}, {rate:.0f} tokens/s", refresh=False)
         self.bar.update()
 

@@ -13,9 +13,10 @@ import torch.distributed as dist
 
 from ..config import ModelConfig
 from ..device import DTYPES, started, world_size
-from ..files import read_json, short
+from ..files import short
 from ..hub import resolve
 from ..model import SHORT
+from ..weights import base_of
 from .mntp import LOGITS_AT_ONCE
 from .settings import Settings
 
@@ -182,9 +183,7 @@ def fit(config: ModelConfig, settings: Settings, stage: str, free: float, said: 
     return ways[min(costs)[-1]]
 
 
-def shape_of_run(
-    model: str, settings: Settings, device: str | None, dtype: str | None, sharded: bool
-) -> tuple[ModelConfig, dict]:
+def shape_of_run(model: str, device: str | None, dtype: str | None, sharded: bool) -> tuple[ModelConfig, dict]:
     """The model's config and the machine, as `plan` and `fit` take them; `WORLD_SIZE` counts the processes.
 
     Raises:
@@ -192,7 +191,7 @@ def shape_of_run(
     """
     wanted, seen = ("config.json", "adapter_config.json"), [model]
     while not ((folder := resolve(seen[-1], wanted)) / wanted[0]).is_file() and (folder / wanted[1]).is_file():
-        base = read_json(folder / wanted[1]).get("base_model_name_or_path")  # an adapter by itself names it
+        base = base_of(folder)  # an adapter by itself names it
         if not base or base in seen:
             raise ValueError(f"{folder / wanted[1]}: base_model_name_or_path is {short(base)}, expected another model's name")
         seen.append(str(base))
@@ -205,7 +204,7 @@ def shape_of_run(
 
 def plan_run(model: str, stage: str, settings: Settings, *where) -> Plan:
     """The plan of what train.py was told, from the model's config.json alone; `where` as the last three of `shape_of_run`."""
-    config, machine = shape_of_run(model, settings, *where)
+    config, machine = shape_of_run(model, *where)
     return plan(config, settings, stage, **machine)
 
 

@@ -77,6 +77,9 @@ def test_their_settings_are_read(published):
     (folder / "mntp" / "llm2vec_config.json").write_text(json.dumps(their))
     l2v = LLM2Vec.from_pretrained(folder / "mntp", device="cpu")
     assert (l2v.pooling, l2v.max_length, l2v.causal) == ("last", 99, False)
+    (folder / "mntp" / "llm2vec_config.json").write_text(json.dumps(their | {"skip_instruction": False}))
+    with pytest.raises(ValueError, match="skip_instruction is false, but an instruction is never pooled here"):
+        LLM2Vec.from_pretrained(folder / "mntp", device="cpu")
     for other in ("eos_token", "bos_token"):  # of tokens that no pooling here reads
         (folder / "mntp" / "llm2vec_config.json").write_text(json.dumps(their | {"pooling_mode": other}))
         with pytest.raises(ValueError, match=f"says pooling_mode '{other}', a special token's state"):
