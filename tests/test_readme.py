@@ -13,10 +13,13 @@ import pytest
 
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
+from llm2vec_min.data import read_pairs
+from llm2vec_min.evaluation import cosine_scores, spearman
 
 ROOT = Path(__file__).parent.parent
 RESULTS = ROOT / "tests" / "benchmarks" / "results"
 sys.path.insert(0, str(ROOT / "tests" / "benchmarks"))
+import counting  # noqa: E402
 import families  # noqa: E402
 import ladder  # noqa: E402
 import picture  # noqa: E402
@@ -53,6 +56,17 @@ def test_the_benchmarks_tables_are_the_measured_ones(model):
 @pytest.mark.parametrize("name", families.tables())
 def test_the_tables_of_families_are_the_measured_ones(name):
     assert "\n".join(families.tables()[name]) in BENCHMARKS
+
+
+def test_counting_words_is_the_measured_one():
+    assert "\n".join(counting.table()) in BENCHMARKS
+    every = json.loads(counting.RESULTS.read_text())["all rows"]
+    values = {task: scores["spearman"]["value"] for task, scores in every.items()}
+    judged = [values[f"sts:{name}.tsv"] for name in picture.SETS]
+    assert f"**the mean {mean(judged):.1f}**" in BENCHMARKS and f"[{mean(judged):.1f} without any model]" in README
+    pairs = read_pairs(ROOT / "llm2vec_min" / "assets" / "text" / "similarity.tsv")
+    found = 100 * spearman(cosine_scores(counting.CountsWords(counting.texts_of("sts", pairs)), *pairs[1:]), pairs[0])
+    assert found == pytest.approx(values["sts:similarity.tsv"], abs=0.01)
 
 
 def test_the_gpus_figures_are_the_measured_ones():

@@ -8,6 +8,7 @@ over its documents), so that two texts are alike if they share rare words. KIND:
 """
 
 import argparse
+import json
 import re
 import sys
 from collections import Counter
@@ -17,6 +18,8 @@ import numpy as np
 
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
+from families import METRICS, SETS
+
 from llm2vec_min.evaluation import compare
 from llm2vec_min.files import read_json, write_json
 
@@ -57,6 +60,23 @@ def texts_of(kind: str, data) -> list[str]:
     return [text for part in (data if kind == "classification" else [data]) for text in part["texts"]]
 
 
+def table() -> list[str]:
+    """Lines of a Markdown table: each set of the task families, beside LLM2Vec of both models (seed 0, other results here)."""
+    named = {}
+    for file, column in (("counting", "1500 rows"), ("families-tiny", "models"), ("families-smollm2-135m", "models")):
+        found = json.loads((RESULTS.parent / f"{file}.json").read_text())[column]
+        rows = found if file == "counting" else found["+ simcse"]
+        named[file] = {Path(task.split(":")[-1].split(",")[-1]).name.split(".")[0]: scores for task, scores in rows.items()}
+    lines = ["| x 100 | metric | counts words | `tiny`, LLM2Vec | SmolLM2, LLM2Vec |", "|---|---|---|---|---|"]
+    for name, scores in named["counting"].items():
+        metric, score = next(iter(scores.items()))
+        others = [named[file][name][metric]["value"] if name in named[file] else None for file in list(named)[1:]]
+        cells = ["" if value is None else f"{value:.1f}" for value in others]
+        interval = "{value:.1f} [{low:.1f}, {high:.1f}]".format(**score)
+        lines.append(f"| {SETS[name]} | {METRICS[metric]} | {interval} | {' | '.join(cells)} |")
+    return lines
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--tasks", nargs="+", required=True, metavar="KIND:PATH")
@@ -71,6 +91,8 @@ def main() -> None:
     scores = {name: {metric: compare.interval(*score) for metric, score in m.items()} for name, m in measured.items()}
     before = read_json(RESULTS) if RESULTS.is_file() else {}
     write_json(RESULTS, before | {f"{args.limit or 'all'} rows": scores})
+    if args.limit == 1500:  # the rows of the other results
+        print(*table(), sep="\n")
 
 
 if __name__ == "__main__":
