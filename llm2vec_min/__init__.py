@@ -8,7 +8,7 @@ Here, in reading order, is the model, from a name and a text to a vector:
     pooling     token states to one vector
     weights     safetensors in and out
     encoder     LLM2Vec: load, encode, save
-Beside them hub (names), data (text files), device, files, cli. Then three rooms: training (from a batch to an adapter),
+Beside them hub (names), data (text files), device, fast, files, cli. Then three rooms: training (from a batch to an adapter),
 evaluation (from vectors to numbers), interop (other libraries).
 """
 

@@ -55,5 +55,5 @@ def run(main: Callable[[list[str]], None]) -> None:
         print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
-        print(str(error) or "stopped; train.py --resume and embed.py --input go on where they were", file=sys.stderr)
+        print(str(error) or "stopped (train.py --resume and embed.py --input go on where they were)", file=sys.stderr)
         sys.exit(130)

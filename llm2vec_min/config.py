@@ -70,7 +70,9 @@ class ModelConfig:
             if not is_positive(rope.get(name)):
                 raise ValueError(f"rope_scaling: {name} is {short(rope.get(name))}, expected a number above 0 and below 2^63")
         if rope["rope_type"] == "llama3" and not rope["low_freq_factor"] < rope["high_freq_factor"]:
-            raise ValueError("rope_scaling: low_freq_factor is not below high_freq_factor")
+            raise ValueError(
+                f"rope_scaling: low_freq_factor ({rope['low_freq_factor']}) is not below high_freq_factor ({rope['high_freq_factor']})"
+            )
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) must be a multiple of "
@@ -104,19 +106,21 @@ class ModelConfig:
         if model_type == "qwen2":  # always with biases on q, k, v, and with a second switch for the window, off by default
             known["attention_bias"] = True
         types = raw.get("layer_types")
-        spans = {short(kind) for kind in types} if isinstance(types, list) else {short(types)}
-        if model_type == "qwen2" and known.get("sliding_window") is not None:  # on the layers from max_window_layers on
-            first, layers = raw.get("max_window_layers", 28), raw["num_hidden_layers"]
-            is_on = bool(raw.get("use_sliding_window", False)) and spans != {short("full_attention")}
-            if is_on and types is None and first not in (0, layers) and not (type(first) is int and first > layers):
-                raise ValueError(
-                    f"{source}: max_window_layers is {short(first)}, but a window on some of the layers only is not supported"
-                )
-            if not is_on or (types is None and first != 0):
+        all_are = lambda kind: isinstance(types, list) and bool(types) and all(found == kind for found in types)  # noqa: E731
+        if model_type == "qwen2" and known.get("sliding_window") is not None:
+            is_on = bool(raw.get("use_sliding_window", False)) and not all_are("full_attention")
+            first = raw.get("max_window_layers", 28)  # where no layer_types say it, on the layers from this one on
+            if is_on and types is None and first != 0:
+                if type(first) is not int or first < raw["num_hidden_layers"]:
+                    raise ValueError(
+                        f"{source}: max_window_layers is {short(first)}, but a window on some of the layers only is not supported"
+                    )
+                is_on = False
+            if not is_on:
                 known["sliding_window"] = None
         if model_type == "llama":  # transformers' has no window
             known["sliding_window"] = None
-        elif known.get("sliding_window") is not None and types is not None and spans != {short("sliding_attention")}:
+        elif known.get("sliding_window") is not None and types is not None and not all_are("sliding_attention"):
             raise ValueError(
                 f"{source}: layer_types is {short(types)}, but a window on some of the layers only is not supported"
             )

@@ -200,7 +200,7 @@ def batches(count: int, batch_size: int, seed: int, start: int = 0, lengths=None
         raise ValueError(
             f"the data has {count} examples, fewer than one batch of {batch_size}: lower --batch-size, or give more text"
         )
-    return _batches(count, batch_size, per_epoch, seed, start, lengths)
+    return _batches(count, batch_size, per_epoch, seed, start, lengths)  # a generator would refuse only when first asked
 
 
 def _batches(count, batch_size, per_epoch, seed, start, lengths) -> Iterator[np.ndarray]:

@@ -172,7 +172,7 @@ class LLM2Vec(nn.Module):
         if [type(part) for part in template] != [str, str]:
             raise ValueError(f"template is {short(template)}, expected what stands before and after a text")
         self.decoder, self.tokenizer = decoder, tokenizer
-        tokenizer.fit(decoder.config.vocab_size)
+        tokenizer.limit_vocabulary(decoder.config.vocab_size)
         self.causal, self.pooling, self.max_length, self.template = bool(causal), pooling, max_length, tuple(template)
         self.base_model, self.adapters = base_model, list(adapters or [])
         self.lm_head: nn.Linear | None = None

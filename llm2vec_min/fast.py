@@ -1,4 +1,5 @@
-"""Element-wise operations as fast as the hardware allows. Each computes what its plain version does."""
+"""Element-wise operations as fast as the hardware allows. Each computes what its plain version does; dropout
+with other random numbers."""
 
 from __future__ import annotations
 
@@ -33,7 +34,7 @@ def fused(function: Callable) -> Callable:
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     """F.dropout, three times as fast on the CPU, where random numbers are drawn one after the other: four 16-bit
-    ones are taken from each 64-bit draw, so that the probability is exact to 1 / 65536."""
+    ones are taken from each 64-bit draw, so that the probability is rounded to a multiple of 1 / 65536, at least one."""
     if not training or probability == 0:
         return x
     if x.device.type != "cpu":

@@ -93,7 +93,8 @@ def add_lora(
             chosen.append(name)
             used |= hits
     if targets - used:
-        raise ValueError(f"no linear layer is named {', '.join(sorted(targets - used))}")
+        named = {name.rpartition(".")[2] for name, module in model.named_modules() if isinstance(module, nn.Linear)}
+        raise ValueError(f"no linear layer is named {', '.join(sorted(targets - used))}, found {', '.join(sorted(named))}")
     model.requires_grad_(False)
     for name in chosen:
         _replace(model, name, LoRALinear(model.get_submodule(name), r, alpha, dropout))

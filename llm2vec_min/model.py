@@ -255,8 +255,8 @@ class Decoder(nn.Module):
         (B, T), device, real = input_ids.shape, input_ids.device, None
         rope = rotary_tables(self.config, T, device, self.embed_tokens.weight.dtype)
         if padding_mask is not None:  # only real tokens are computed; attention puts the padding between them
-            if not padding_mask.any(dim=1).all():
-                raise ValueError("a row of the batch has no real token")
+            if not (has_token := padding_mask.any(dim=1)).all():
+                raise ValueError(f"row {int(has_token.logical_not().nonzero()[0])} of the batch has no real token")
             real = to_device(padding_mask.flatten().nonzero().squeeze(1), device)  # (N,), numbers of positions
             padding_mask = to_device(padding_mask, device)
             input_ids = input_ids.flatten().index_select(0, real)  # (N,)

@@ -84,7 +84,7 @@ class Tokenizer:
             self.backend.model.dropout = None
         self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
-    def fit(self, vocab_size: int) -> None:
+    def limit_vocabulary(self, vocab_size: int) -> None:
         """Forgets the added tokens that a model has no embedding for (most often a padding token), so that a text in which
         one stands is read as any other.
 
@@ -116,7 +116,9 @@ class Tokenizer:
         """The id that replaces masked tokens; LLM2Vec takes the plain underscore."""
         id = self.backend.token_to_id(token)
         if id is None:
-            raise ValueError(f"{self.path}: the mask token {token!r} is not in the vocabulary")
+            raise ValueError(
+                f"{self.path}: the mask token {token!r} is not in the vocabulary; MNTP needs a tokenizer that has it"
+            )
         return id
 
     def encode(

@@ -400,6 +400,8 @@ def load_adapter(decoder: Decoder, folder: str | Path) -> None:
     if config.get("use_rslora"):
         alpha = alpha * r**0.5  # that variant scales by alpha / sqrt(r)
 
+    if (folder / "adapter_model.bin").is_file() and not (folder / ADAPTER).is_file():
+        raise ValueError(f"{folder}: holds an adapter_model.bin, expected {ADAPTER}; load it with peft and save it again")
     linear = {name: module for name, module in decoder.named_modules() if isinstance(module, nn.Linear)}
     state: dict[str, Tensor] = {}
     wrong, unexpected = [], []

@@ -372,7 +372,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--eval", "{pipe}"], "pipe.txt: is a pipe, a device or a folder"),
         (["--lora-r", "9" * 30], "--lora-r is 999.*, expected a smaller number"),
         (["--max-length", "3000000000"], "--max-length is 3000000000, expected a smaller number"),
-        (["--lora-alpha", "1e300"], "--lora-alpha is 1e.300, expected a smaller number"),
+        (["--lora-alpha", "1e300"], "--lora-alpha is 1e.300, expected a number above 0 and below 1e30"),
         (["--stage", "pretrain", "--vocab-size", "1000000000"], "--vocab-size is 1000000000, expected from 259 .* to 4194304"),
         (["--output", "{foreign}", "--overwrite"], "foreign: holds files, but not a run"),
         (["--output", "{parts}"], "parts: holds files, but not a run"),

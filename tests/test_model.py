@@ -147,7 +147,7 @@ def test_mask_only_where_needed():
 
 def test_a_row_of_padding_alone_is_refused(both):
     _, mine = both("llama")
-    with pytest.raises(ValueError, match="no real token"):
+    with pytest.raises(ValueError, match="row 0 of the batch has no real token"):
         mine.model(torch.zeros(1, 3, dtype=torch.long), torch.zeros(1, 3, dtype=torch.bool), causal=False)
 
 

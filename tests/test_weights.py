@@ -554,6 +554,16 @@ def test_unsupported_adapter(reference, tmp_path, change, message):
         load_adapter(load_decoder(reference("llama")[1]), tmp_path)
 
 
+def test_an_old_adapter_says_how_to_convert_it(reference, tmp_path):
+    folder = reference("llama")[1]
+    decoder = load_decoder(folder)
+    add_lora(decoder, r=2)
+    save_adapter(tmp_path, *adapter_of(decoder, "some/base"))
+    (tmp_path / "adapter_model.safetensors").rename(tmp_path / "adapter_model.bin")
+    with pytest.raises(ValueError, match="holds an adapter_model.bin, expected adapter_model.safetensors; load it with peft"):
+        load_adapter(load_decoder(folder), tmp_path)
+
+
 def test_an_old_checkpoints_rotary_buffers_are_passed_over(reference, tmp_path):
     _, folder = reference("llama")
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)

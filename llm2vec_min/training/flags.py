@@ -172,6 +172,20 @@ READ_BY = {  # flags that not every stage has a use for
 }
 
 
+BOUNDS = (  # flags, what each must be, and whether it is
+    (("steps", "batch_size", "lora_r", "lr", "temperature"), "a number above 0", lambda x: x > 0),
+    (("hidden_size", "intermediate_size", "num_hidden_layers"), "a number above 0", lambda x: x > 0),
+    (("lora_alpha",), "a number above 0 and below 1e30", lambda x: 0 < x < 1e30),
+    (("warmup_steps", "micro_batch_size", "save_every", "eval_every", "seed"), "0 or more", lambda x: x >= 0),
+    (("weight_decay", "max_grad_norm"), "0 or more", lambda x: x >= 0),
+    (("lora_dropout", "attention_dropout", "adam_beta2"), "a number in [0, 1)", lambda x: 0 <= x < 1),
+    (("mask_probability",), "a number in (0, 1]", lambda x: 0 < x <= 1),
+    # 95 is meant as 0.95
+    (("filter_negatives",), "a share of the positive's cosine, such as 0.95, or 0 for none", lambda x: 0 <= x <= 2),
+    (("max_length",), "at least 4 tokens", lambda x: x >= 4),
+)
+
+
 def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     """Refuses settings that cannot work, before anything is loaded."""
     if args.stage not in STAGES:
@@ -186,25 +200,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             raise ValueError(f"--{name.replace('_', '-')} is {value}, expected a finite number")
         if isinstance(value, int) and abs(value) >= (2**63 if name == "seed" else 2**31):
             raise ValueError(f"--{name.replace('_', '-')} is {short(value)}, expected a smaller number")
-    if args.lora_alpha >= 1e30:
-        raise ValueError(f"--lora-alpha is {args.lora_alpha}, expected a smaller number")
-    for name in ("steps", "batch_size", "lora_r", "lora_alpha", "lr", "temperature"):
-        if not getattr(args, name) > 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
-    for name in ("warmup_steps", "micro_batch_size", "save_every", "eval_every", "weight_decay", "max_grad_norm", "seed"):
-        if getattr(args, name) < 0:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected 0 or more")
-    for name in ("lora_dropout", "attention_dropout"):
-        if not 0 <= getattr(args, name) < 1:
-            raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number in [0, 1)")
-    if not 0 < args.mask_probability <= 1:
-        raise ValueError(f"--mask-probability is {args.mask_probability}, expected a number in (0, 1]")
-    if not 0 <= args.adam_beta2 < 1:
-        raise ValueError(f"--adam-beta2 is {args.adam_beta2}, expected a number in [0, 1)")
-    if not 0 <= args.filter_negatives <= 2:  # 95 is meant as 0.95
-        raise ValueError(
-            f"--filter-negatives is {args.filter_negatives}, expected a share of the positive's cosine, such as 0.95, or 0 for none"
-        )
+    for names, expected, holds in BOUNDS:
+        for name in names:
+            if not holds(getattr(args, name)):
+                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected {expected}")
     if args.batch_size < 2 and (args.stage == "simcse" or args.stage == "supervised" and args.in_batch_negatives):
         raise ValueError("--batch-size is 1: the negatives are the other texts of the batch, it needs at least 2")
     if (
@@ -225,9 +224,6 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
             )
         if args.dry_run:
             raise ValueError("--dry-run plans the stages that train an adapter, pretrain is none")
-        for name in ("hidden_size", "intermediate_size", "num_hidden_layers"):
-            if getattr(args, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} is {getattr(args, name)}, expected a number above 0")
         heads, width = args.num_attention_heads, args.hidden_size
         if heads < 1 or width % (2 * heads):
             raise ValueError(f"--hidden-size is {width}, expected an even number for each of {heads} attention heads")
@@ -238,8 +234,6 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     model = Path(expanduser(args.model))
     if model.is_dir() and Path(args.output).resolve() == model.resolve():
         raise ValueError(f"--output {args.output}: is the --model too; a stage writes into a folder of its own")
-    if args.max_length < 4:
-        raise ValueError(f"--max-length is {args.max_length}, expected at least 4 tokens")
     processes = started()
     if args.stage == "pretrain" and processes > 1:
         raise ValueError(f"--stage pretrain runs in one process, found {processes}; start it without torchrun")

@@ -69,7 +69,7 @@ def is_foreign(folder: Path) -> bool:
 
 
 def is_finished(work: Path) -> bool:
-    """config.json is the last file of a result, and the checkpoint goes after it."""
+    """config.json is written last, and only then is the checkpoint removed."""
     return (work / "config.json").is_file() and not (work / CHECKPOINT).exists()
 
 

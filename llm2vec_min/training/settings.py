@@ -12,8 +12,10 @@ class Settings:
     `train.py`'s, which makes the adapter, as a caller of `train_mntp` and the like does with `add_lora`."""
 
     steps: int = 1000  # optimizer steps
-    batch_size: int = 32  # sequences per optimizer step, over all processes
-    micro_batch_size: int = 0  # sequences per forward pass of one process; 0: its whole share of the batch
+    batch_size: int = 32  # sequences (supervised: triplets) per optimizer step, over all processes
+    micro_batch_size: int = (
+        0  # sequences (simcse: twins, supervised: texts) per forward pass of one process; 0: its whole share
+    )
     max_length: int = 512  # tokens
     lr: float = 5e-5  # peak
     warmup_steps: int = 0
