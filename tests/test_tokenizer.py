@@ -80,6 +80,19 @@ def test_collate_pads_left(tokenizer_folder):
     assert tokenizer.collate(encoded[:1]).padding_mask is None, "no mask where nothing is padded"
 
 
+def test_many_texts_are_tokenized_in_portions(tokenizer_folder, monkeypatch):
+    """`tokenizers` keeps a hundred bytes for every token."""
+    tokenizer, portions = Tokenizer(tokenizer_folder), []
+    whole = tokenizer.encode_batch
+    expected = tokenizer.encode(TEXTS)
+    monkeypatch.setattr("llm2vec_min.tokenizer.AT_ONCE", 50)
+    monkeypatch.setattr(tokenizer, "encode_batch", lambda texts: portions.append(texts) or whole(texts))
+    for row, again in zip(expected, tokenizer.encode(TEXTS), strict=True):
+        assert row.ids.tolist() == again.ids.tolist() and row.pooled.tolist() == again.pooled.tolist()
+    assert sum(portions, []) == TEXTS and len(portions) > 1
+    assert all(sum(map(len, texts[:-1])) < 50 for texts in portions)
+
+
 def test_saved_as_it_was_read(tokenizer_folder, tmp_path):
     shutil.copytree(tokenizer_folder, tmp_path / "there")
     tokenizer = Tokenizer(tmp_path / "there")
