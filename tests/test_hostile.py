@@ -79,7 +79,7 @@ for name, fields, words in [
     ("linear without factor", dict(rope_parameters=dict(rope_type="linear")), "factor is None"),
     ("linear by 0", dict(rope_parameters=dict(rope_type="linear", factor=0)), "factor is 0"),
     ("llama3 without a bound", dict(rope_parameters=LLAMA3 | dict(low_freq_factor=None)), "low_freq_factor is None"),
-    ("llama3 with equal bounds", dict(rope_parameters=LLAMA3 | dict(low_freq_factor=4.0)), "low_freq_factor is not below"),
+    ("llama3 with equal bounds", dict(rope_parameters=LLAMA3 | dict(low_freq_factor=4.0)), "is not below high_freq_factor"),
     ("window below 0", dict(model_type="mistral", sliding_window=-1), "sliding_window is -1"),
     ("window as text", dict(model_type="mistral", sliding_window="wide"), "sliding_window is 'wide'"),
     ("positions as text", dict(max_position_embeddings="many"), "max_position_embeddings is 'many'"),
