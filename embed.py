@@ -58,9 +58,14 @@ def check_finite(vectors: np.ndarray, model: str, first: int = 0) -> None:
 
 def print_table(l2v: LLM2Vec, args: argparse.Namespace) -> None:
     """Cosine similarity of each text with each other, numbered as given."""
-    vectors = l2v.encode(args.texts, args.instruction, batch_size=args.batch_size, normalize=True, dim=args.dim)
+    encoded = l2v.tokenize(args.texts, args.instruction)
+    vectors = l2v.encode(encoded, batch_size=args.batch_size, normalize=True, dim=args.dim)
     check_finite(vectors, args.model)
+    if full := sum(len(row.ids) >= l2v.max_length for row in encoded):
+        print(f"{full} of the texts fill --max-length {l2v.max_length}; longer ones are cut\n")
     for number, text in enumerate(args.texts, 1):
+        if os.path.isfile(text):
+            print(f"text {number} is a file's name, read as a text; --input reads the file")
         print(f"{number:>3}  {text[:100]}")
     cosines = vectors @ vectors.T
     print("\n     " + "".join(f"{number:>7}" for number in range(1, len(vectors) + 1)))
@@ -141,7 +146,9 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
     done = np.memmap(done_file, dtype=np.uint8, mode="r+")
     if rank() == 0 and done.any():
         print(f"continuing: {done.sum()} of {len(done)} chunks of {chunk} texts are there")
-    lines = iter_lines(args.input, keep_empty=True)
+    if rank() == 0 and output.exists():
+        print(f"{output} is there, and is replaced at the end")
+    lines, full = iter_lines(args.input, keep_empty=True), 0
 
     def prepare(number: int) -> list | None:
         """The next lines of the file, tokenized; None if they are not for this process, or done."""
@@ -157,6 +164,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
             if number + 1 < len(done):  # tokenized while this one is computed
                 ready = thread.submit(prepare, number + 1)
             if encoded is not None:
+                full += sum(len(row.ids) >= l2v.max_length for row in encoded)
                 rows = l2v.encode(encoded, batch_size=args.batch_size, normalize=args.normalize, dim=args.dim)
                 check_finite(rows, args.model, first)
                 vectors[first : first + len(rows)] = rows
@@ -169,6 +177,8 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
         put(part, output)
         for name in (done_file, header):
             name.unlink()
+        if full:
+            print(f"{full} texts fill --max-length {l2v.max_length}; longer ones are cut")
         print(f"{output}: {count} vectors of {vectors.shape[1]} numbers, float32")
 
 

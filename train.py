@@ -30,7 +30,7 @@ from llm2vec_min.device import (
     use_deterministic,
     world_size,
 )
-from llm2vec_min.encoder import LLM2Vec
+from llm2vec_min.encoder import LLM2Vec, find_chain
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.files import locked, read_json, write_json
 from llm2vec_min.hub import find_preset, resolve_data
@@ -233,6 +233,8 @@ def run_stage(
         return
     if rank() == 0:
         print(in_force(args, parser))
+    if args.stage != "pretrain":
+        find_chain(args.model)  # a model that is not there is said before data is fetched
     args.data = [str(path) for name in args.data for path in resolve_data(name)]
     arguments |= {"files": args.data} | identify(args.data + ([args.eval] if args.eval else []))
     if args.eval:

@@ -52,7 +52,8 @@ def run(main: Callable[[list[str]], None]) -> None:
         is_check = is_ours and (last.line or "raise").startswith("raise")  # without the source there is no line
         if isinstance(error, ValueError) and not is_check:
             raise
-        print(f"{Path(sys.argv[0]).name}: error: {error}", file=sys.stderr)
+        path = Path(sys.argv[0])
+        print(f"{path.parent.name if path.stem == '__main__' else path.name}: error: {error}", file=sys.stderr)
         sys.exit(2)
     except KeyboardInterrupt as error:
         print(str(error) or "stopped (train.py --resume and embed.py --input go on where they were)", file=sys.stderr)

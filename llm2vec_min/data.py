@@ -181,7 +181,9 @@ def pack_blocks(tokenizer: Tokenizer, lines: list[str], block_size: int, what: s
             pieces.append(np.array(encoding.ids, dtype=np.int32))
     ids = np.concatenate(pieces)
     if len(ids) < block_size:
-        raise ValueError(f"{what} has {len(ids)} tokens, at least one block of {block_size} is needed")
+        raise ValueError(
+            f"{what} has {len(ids)} tokens, at least one block of {block_size} is needed: give more text, or lower --max-length"
+        )
     return ids[: len(ids) // block_size * block_size].reshape(-1, block_size)
 
 

@@ -118,6 +118,10 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     names = whole.get("adapters", [])
     if (own := f"adapters/{place.name}") in names:  # an earlier stage of a run, which stands on those before it
         return whole["base_model_name_or_path"], [member(run, name) for name in names[: names.index(own) + 1]], whole
+    if (folder / "train_args.json").is_file() and not (folder / "config.json").is_file() and not (folder / ADAPTER).is_file():
+        raise ValueError(
+            f"{name}: is an unfinished run; train.py with --resume, and the arguments it was started with, ends it"
+        )
     if (folder / ADAPTER_CONFIG).is_file():
         base = base_of(folder)
         named = (folder / "config.json").is_file() and read_json(member(folder, "config.json")).get("_name_or_path")
@@ -243,6 +247,11 @@ class LLM2Vec(nn.Module):
                 f"{name}: its {LLM2VEC_CONFIG} says pooling_mode {pooling!r}, a special token's state, which is never pooled here; "
                 f"name another, pooling=... or --pooling, of {', '.join(POOLING_MODES)}"
             )
+        if max_length is not None and max_length > decoder.config.max_position_embeddings:
+            most = decoder.config.max_position_embeddings
+            warnings.warn(
+                f"max_length is {max_length}, but the model was made for {most} positions: states get worse", stacklevel=2
+            )
         has_tokenizer = [f for f in (*reversed(chain), base_folder) if member(f, "tokenizer.json").is_file()]
         if causal is None:
             causal = settings.get("causal", False)
@@ -338,8 +347,9 @@ class LLM2Vec(nn.Module):
             dim: keep only the first `dim` numbers of each vector; for a model that was trained with `--matryoshka`.
         Returns:
             (N, C) float32, or (N, dim); (C,) for one text, a list of (T_i, C) for pooling=None. A vector does not depend on the
-            batch it was in, up to rounding: less than 3e-5 of its length in float32; in bfloat16 about 0.01 after contrastive
-            training, and more before it. An empty text has no token of its own and gives zeros (normalised or not).
+            batch it was in, up to rounding: less than 3e-5 of its length in float32 (1e-4 for SmolLM2-135M); in bfloat16 about
+            0.01 after contrastive training, and more before it. An empty text has no token of its own and gives zeros
+            (normalised or not).
         """
         if isinstance(texts, str):
             return self.encode(
@@ -373,7 +383,8 @@ class LLM2Vec(nn.Module):
                 for i, states in zip(rows, vectors.numpy(), strict=True):
                     results[i] = states[len(states) - lengths[i] :][encoded[i].pooled]
             return results
-        result = np.zeros((len(encoded), dim or self.width), dtype=np.float32)
+        width = batches[0][1].shape[-1] if batches else dim or self.width  # `pooling` may give another than the model's own
+        result = np.zeros((len(encoded), width), dtype=np.float32)
         for rows, vectors in batches:
             result[rows] = vectors.numpy()
         return result

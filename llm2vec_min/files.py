@@ -41,7 +41,9 @@ def member(folder: str | Path, name: str) -> Path:
 def check_file(path: str | Path) -> None:
     """ValueError for what can be read only once, or has no end."""
     if Path(path).exists() and not Path(path).is_file():
-        raise ValueError(f"{path}: is a pipe, a device or a folder, expected a file")
+        raise ValueError(
+            f"{path}: is a pipe, a device or a folder, expected a file (write what comes through a pipe to one first)"
+        )
 
 
 def read_json(path: str | Path) -> dict:

@@ -48,6 +48,12 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
         what = "is a file, expected a folder" if isfile(folder) else "is neither a folder nor a hub id (owner/name)"
         raise ValueError(f"model {str(name)!r} {what}; presets are {', '.join(PRESETS)}")
     repo, _, revision = str(name).partition("@")
+    if isdir(folder.parent) and not revision:  # a path that was mistyped, or a run that is not there yet
+        there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
+        raise ValueError(
+            f"model {str(name)!r}: no such folder; {folder.parent} holds {', '.join(there[:12]) or 'none'} "
+            f"(the hub's repository of this name is {name}@main)"
+        )
     return fetch(repo, revision or None, "model", files)
 
 
@@ -96,7 +102,10 @@ def resolve_data(name: str | Path) -> list[Path]:
             raise ValueError(f"data set {name!r}: the cache holds no {pattern} of {repo}, and without a network it stays so")
         return files
     if path.is_dir():
-        files = sorted(p for p in path.rglob("*") if p.name.lower().endswith(TEXT_SUFFIXES))
+        files = sorted(
+            p for p in path.rglob("*")
+            if p.name.lower().endswith(TEXT_SUFFIXES) and not any(part.startswith(".") for part in p.relative_to(path).parts)
+        )  # fmt: skip
         if not files:
             raise ValueError(f"{path}: a folder without text files ({', '.join(TEXT_SUFFIXES)})")
         return files

@@ -84,8 +84,9 @@ def test_embed(loaded, monkeypatch):
     (found,) = loaded
     assert str(found.pop("device")) == "cpu"
     assert found == MODEL | {"name": "tiny", "causal": True, "pooling": "max", "max_length": 9}
-    (((_, *texts), options),) = calls  # the first is the encoder itself
-    assert (texts, options) == ([["a", "b"], "Find:"], {"batch_size": 3, "normalize": True, "dim": 5})
+    (((tiny, encoded), options),) = calls
+    assert [row.ids.tolist() for row in encoded] == [row.ids.tolist() for row in tiny.tokenize(["a", "b"], "Find:")]
+    assert options == {"batch_size": 3, "normalize": True, "dim": 5}
 
 
 @pytest.mark.parametrize("adapter", [True, False])

@@ -106,6 +106,21 @@ def test_exported_card_tells_the_stages_and_score(runs, tmp_path):
     assert "Spearman x 100 on the run's --eval pairs: " in card
 
 
+def test_embed_says_what_might_surprise(runs, files, tmp_path, capsys):
+    embed.main(["--model", str(runs[1]), str(files / "text.txt"), "cats " * 99, "--max-length", "20"])
+    out = capsys.readouterr().out
+    assert "2 of the texts fill --max-length 20; longer ones are cut" in out or "1 of the texts fill --max-length 20" in out
+    assert "text 1 is a file's name, read as a text; --input reads the file" in out
+    lines = tmp_path / "long.txt"
+    lines.write_text("cats " * 99 + "\na cat\n")
+    command = ["--model", str(runs[1]), "--input", str(lines), "--output", str(tmp_path / "v.npy"), "--max-length", "20"]
+    embed.main(command)
+    out = capsys.readouterr().out
+    assert "1 texts fill --max-length 20" in out and "replaced" not in out
+    embed.main(command)
+    assert "v.npy is there, and is replaced at the end" in capsys.readouterr().out
+
+
 def test_adapter_flag(runs, model_folder, capsys):
     """base + adapters by hand is what the run's folder stands for."""
     tables = []
@@ -356,6 +371,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--model", "{causal}"], "this one is causal: causal=False, or --no-causal"),
         (["--stage", "pretrain", "--hidden-size", "100"], "--hidden-size is 100, expected an even number for each of 4"),
         (["--stage", "pretrain", "--num-key-value-heads", "3"], "--num-key-value-heads is 3, expected a divisor of 4"),
+        (["--stage", "simcse", "--temperature", "20"], "--temperature is 20.0, .* a scale of 20 is 0.05"),
         (["--stage", "pretrain", "--num-hidden-layers", "0"], "--num-hidden-layers is 0, expected a number above 0"),
         (["--stage", "pretrain", "--data", "{long}", "--batch-size", "9000"], "examples, fewer than one batch of 9000"),
         (
@@ -433,6 +449,30 @@ def test_an_overwritten_run_stays_whole_until_the_new_one_has_ended(files, model
     names = {p.name for p in (tmp_path / "run").iterdir()}
     assert "adapter_model.safetensors" not in names and "model.safetensors" in names
     assert LLM2Vec.from_pretrained(tmp_path / "run").decoder.config.hidden_size == 16
+
+
+def test_a_model_that_is_not_there_is_said_before_data_is_fetched(tmp_path, monkeypatch):
+    (tmp_path / "runs").mkdir()
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("llm2vec_min.hub.fetch", lambda *_: pytest.fail("something was fetched"))
+    with pytest.raises(ValueError, match="'runs/mntp': no such folder"):
+        train.main(["--stage", "simcse", "--model", "runs/mntp", "--device", "cpu", "--output", str(tmp_path / "new")])
+
+
+def test_what_a_killed_replacement_leaves_is_named(files, model_folder, tmp_path, monkeypatch):
+    """And as a model it is an unfinished run; the weights do not depend on how often it is saved and scored."""
+    output = tmp_path / "run"
+    flags = [*flags_of(files, model_folder, output), "--save-every", "1"]
+    train.main(flags)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(LLM2Vec, "save_run", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        train.main([*flags, "--overwrite"])
+    with pytest.raises(ValueError, match="already holds a run, and .*run.part the unfinished one .*--resume continues that"):
+        train.main(flags)
+    with pytest.raises(ValueError, match="run.part: is an unfinished run; train.py with --resume"):
+        LLM2Vec.from_pretrained(f"{output}.part", device="cpu")
+    train.main([*flags, "--resume", "--save-every", "2", "--eval-every", "1"])
+    assert not Path(f"{output}.part").exists()
 
 
 def test_resume_at_any_moment(files, model_folder, tmp_path, capsys):

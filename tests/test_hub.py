@@ -37,6 +37,18 @@ def test_unknown_names(name, message):
         resolve(name)
 
 
+def test_a_path_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch):
+    (tmp_path / "runs" / "mntp").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    asked = []
+    monkeypatch.setattr(hub, "fetch", lambda repo, revision, *more: asked.append((repo, revision)) or tmp_path)
+    with pytest.raises(ValueError, match="'runs/simcse': no such folder; runs holds mntp .*is runs/simcse@main"):
+        resolve("runs/simcse")
+    resolve("runs/simcse@main")
+    resolve("owner/name")
+    assert asked == [("runs/simcse", "main"), ("owner/name", None)]
+
+
 FILES = [
     "config.json", "tokenizer.json", "README.md", "model-00001-of-00002.safetensors", "pytorch_model.bin",
     "model-00002-of-00002.safetensors", "model.safetensors.index.json", "consolidated.safetensors", "onnx/model.onnx",
@@ -117,6 +129,8 @@ def test_data_by_name_folder_and_file(monkeypatch, tmp_path):
     assert [p.name for p in hub.resolve_data(tmp_path / "texts")] == ["a.jsonl.gz", "b.txt"]
     (tmp_path / "texts" / "more" / "still").mkdir(parents=True)
     (tmp_path / "texts" / "more" / "still" / "c.txt").touch()
+    (tmp_path / "texts" / ".ipynb_checkpoints").mkdir()
+    (tmp_path / "texts" / ".ipynb_checkpoints" / "b-checkpoint.txt").touch()
     assert [p.name for p in hub.resolve_data(tmp_path / "texts")] == ["a.jsonl.gz", "b.txt", "c.txt"]
     assert hub.resolve_data("some.txt")[0].name == "some.txt"
 

@@ -53,6 +53,8 @@ class Check(NamedTuple):
 
 def apart(a: np.ndarray, b: np.ndarray) -> float:
     """Largest distance of two (N, C) arrays' rows once scaled to length 1, in [0, 2]; nan where one is not a number."""
+    if a.shape != b.shape:  # of a pooling whose vectors have another length
+        return float("inf")
     a, b = (x / np.maximum(np.linalg.norm(x.astype(np.float64), axis=-1, keepdims=True), 1e-12) for x in (a, b))
     return float(np.linalg.norm(a - b, axis=-1).max())
 

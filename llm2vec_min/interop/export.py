@@ -181,7 +181,7 @@ def model_card(
         if path.is_file():
             arguments = read_json(path)
             keys = ("stage", "steps", "batch_size", "max_length", "lr", "seed")
-            stages.append(", ".join(f"{key} {arguments.get(key)}" for key in keys))
+            stages.append(", ".join(f"{key} {arguments[key]}" for key in keys if key in arguments))
         else:
             stages.append(adapter.name)
     library = "sentence-transformers" if sentence_transformers else "transformers"
@@ -223,6 +223,10 @@ def model_card(
 
 def _warnings(l2v: LLM2Vec, sentence_transformers: bool) -> list[str]:
     """Where the folder gives other vectors without a word, for its card."""
+    named = (
+        "**Only the instructions named here** are left out of the mean: sentence-transformers pools another `prompt=` along with "
+        "the text."
+    )
     direction = (
         "**Do not use it with transformers before 5.2**: they ignore `is_causal` in `config.json`, so attention is causal."
     )
@@ -236,6 +240,7 @@ def _warnings(l2v: LLM2Vec, sentence_transformers: bool) -> list[str]:
     )
     wrong = [direction] * (not l2v.causal)
     if sentence_transformers:
+        wrong += [named]
         wrong += [servers] * (_begins_with_bos(l2v) and l2v.pooling != "last")
     else:
         wrong.append(left_out)

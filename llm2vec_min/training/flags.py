@@ -173,7 +173,8 @@ READ_BY = {  # flags that not every stage has a use for
 
 
 BOUNDS = (  # flags, what each must be, and whether it is
-    (("steps", "batch_size", "lora_r", "lr", "temperature"), "a number above 0", lambda x: x > 0),
+    (("steps", "batch_size", "lora_r", "lr"), "a number above 0", lambda x: x > 0),
+    (("temperature",), "a number above 0, at most 1: it divides the cosines, a scale of 20 is 0.05", lambda x: 0 < x <= 1),
     (("hidden_size", "intermediate_size", "num_hidden_layers"), "a number above 0", lambda x: x > 0),
     (("lora_alpha",), "a number above 0 and below 1e30", lambda x: 0 < x < 1e30),
     (("warmup_steps", "micro_batch_size", "save_every", "eval_every", "seed"), "0 or more", lambda x: x >= 0),

@@ -16,6 +16,7 @@ from .settings import Settings
 
 ARGUMENTS = "train_args.json"
 METRICS = "metrics.jsonl"
+FREE = ("output", "eval", "eval_every", "save_every")  # the weights do not depend on them
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
 
 
@@ -40,6 +41,8 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         return work
     if not overwrite:
         state = "a run" if is_finished(output) else "an unfinished run; --resume continues it"
+        if is_run(beside):
+            state += f", and {beside} the unfinished one that was to replace it; --resume continues that"
         raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
     return beside
 
@@ -50,8 +53,7 @@ def check_resumed(work: Path, arguments: dict) -> None:
         return
     # a setting that its version did not have is taken for the default
     before = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(Settings()).items()} | read_json(work / ARGUMENTS)
-    # the folder itself may have been moved, or be given by another path
-    if changed := [k for k in before if k in arguments and k != "output" and before[k] != arguments[k]]:
+    if changed := [k for k in before if k in arguments and k not in FREE and before[k] != arguments[k]]:
         found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
         raise ValueError(f"--resume: {work} was started with other arguments: {found}")
 

@@ -84,6 +84,8 @@ def read_file(path: Path) -> list[Triplet]:
             meant = field.lower().removesuffix("s")
             if field not in FIELDS and meant in FIELDS and meant not in record:
                 raise ValueError(f'{where}: has the field "{field}", which is not read; expected "{meant}"')
+            if field not in FIELDS and any(kind in meant and kind not in record for kind in ("positive", "negative")):
+                raise ValueError(f'{where}: has the field "{field}", which is not read; several texts are a list in "negative"')
         (query, *rest), positives, negatives = (texts_of(record, field, where) for field in ("query", "positive", "negative"))
         own = record.get("instruction")
         if rest or not isinstance(own, str | None):

@@ -383,6 +383,8 @@ def test_the_authors_folder(tmp_path, monkeypatch):
         ({"positive": "p"}, r'a.jsonl:2: "query" is missing; a line is {"query"'),
         ({"query": "q"}, r'a.jsonl:2: "positive" is missing'),
         ({"query": "q", "positive": "p", "negatives": ["n"]}, r'a.jsonl:2: has the field "negatives", .* expected "negative"'),
+        ({"query": "q", "positive": "p", "hard_negative": "n"}, r'a.jsonl:2: has the field "hard_negative", which is not read'),
+        ({"query": "q", "positive": "p", "negative_1": "n"}, r'several texts are a list in "negative"'),
         ({"query": "q", "positive": "p", "Instruction": "i"}, r'has the field "Instruction", .* expected "instruction"'),
         ({"query": "q", "positive": []}, r'a.jsonl:2: "positive" is \[\], expected a text or a list of texts'),
         ({"query": " ", "positive": "p"}, r'a.jsonl:2: "query" is \' \', expected a text; a line is'),
