@@ -48,7 +48,7 @@ def resolve(name: str | Path, files: tuple[str, ...] = (*FILES, *SAFETENSORS)) -
         what = "is a file, expected a folder" if isfile(folder) else "is neither a folder nor a hub id (owner/name)"
         raise ValueError(f"model {str(name)!r} {what}; presets are {', '.join(PRESETS)}")
     repo, _, revision = str(name).partition("@")
-    if isdir(folder.parent) and not revision:  # a path that was mistyped, or a run that is not there yet
+    if isdir(folder.parent) and not revision and not find_preset(name):  # a path mistyped, or a run that is not there yet
         there = sorted(path.name for path in folder.parent.iterdir() if path.is_dir() and not path.name.startswith("."))
         raise ValueError(
             f"model {str(name)!r}: no such folder; {folder.parent} holds {', '.join(there[:12]) or 'none'} "

@@ -46,7 +46,9 @@ def test_a_path_that_is_not_there_is_no_hub_id(tmp_path, monkeypatch):
         resolve("runs/simcse")
     resolve("runs/simcse@main")
     resolve("owner/name")
-    assert asked == [("runs/simcse", "main"), ("owner/name", None)]
+    (tmp_path / "meta-llama").mkdir()
+    resolve("meta-llama/Llama-3.2-1B")  # a preset's is known to be on the hub
+    assert asked == [("runs/simcse", "main"), ("owner/name", None), ("meta-llama/Llama-3.2-1B", None)]
 
 
 FILES = [

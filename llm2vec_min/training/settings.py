@@ -13,9 +13,7 @@ class Settings:
 
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # sequences (supervised: triplets) per optimizer step, over all processes
-    micro_batch_size: int = (
-        0  # sequences (simcse: twins, supervised: texts) per forward pass of one process; 0: its whole share
-    )
+    micro_batch_size: int = 0  # sequences (simcse: twins, supervised: texts) per forward pass; 0: a process's whole share
     max_length: int = 512  # tokens
     lr: float = 5e-5  # peak
     warmup_steps: int = 0
