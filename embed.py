@@ -115,7 +115,7 @@ def start_part(args: argparse.Namespace, made_from: dict) -> None:
         check_part(part, done_file, made_from)
         return
     try:
-        for path in (header, part, done_file):  # of a run that was killed between two steps; a link would be followed
+        for path in (header, part, done_file):  # leftovers of a run killed halfway; opening a link would follow it
             path.unlink(missing_ok=True)
         np.lib.format.open_memmap(part, mode="w+", dtype=np.float32, shape=tuple(made_from["shape"])).flush()
         if hasattr(os, "posix_fallocate"):  # a full disk shows now, not as a crash in the middle
@@ -195,7 +195,7 @@ def main(argv: list[str]) -> None:
     if args.output and Path(args.output).is_dir():
         raise ValueError(f"--output {args.output}: is a folder, expected a file")
     if args.input and Path(args.output).resolve() == Path(args.input).resolve():
-        raise ValueError(f"--output {args.output}: is the --input too")
+        raise ValueError(f"--output {args.output}: is also the --input")
     device = start_process(args.device, patience=24)  # whoever is done waits for the last chunk of another
     try:
         embed(args, device)
@@ -204,7 +204,7 @@ def main(argv: list[str]) -> None:
 
 
 def embed(args: argparse.Namespace, device: torch.device) -> None:
-    """Loads the model; the file's vectors into the output, or the texts' table onto the screen."""
+    """Loads the model, then writes the file's vectors or prints the texts' table."""
     if rank() == 0 and args.model == "tiny-llm2vec":
         print("the small encoder that ships, tiny-llm2vec; --model RUN takes yours\n")
     count = sum(1 for _ in iter_lines(args.input, keep_empty=True, report=True)) if args.input else 0

@@ -110,6 +110,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     elif args.stage == "simcse":
         train_lines = read_lines(args.data)
     elif args.stage == "supervised":
+        # None: no data set; []: all; else those named
         symmetric = args.symmetric and ([] if [] in args.symmetric else sum(args.symmetric, []))
         sets, equal = read_triplets(args.data, symmetric, args.ratio)
         draw(sets, settings)  # refuses what cannot be trained on
@@ -131,7 +132,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     spare = TemporaryDirectory()  # which lives as long as this function
     l2v.keep_adapters(spare.name)
     arguments["encoder"] = l2v.fingerprint()
-    if args.resume:  # by its content, the model must be the one it began with, too
+    if args.resume:  # the model must, by its content, be the one the run began with
         check_resumed(work, arguments)
     l2v.max_length = max(l2v.max_length, args.max_length)  # what it learns to read, it is to read in use
     torch.manual_seed(args.seed)
@@ -153,7 +154,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     if args.stage == "mntp":
         blocks = pack_blocks(l2v.tokenizer, train_lines, args.max_length, "--data")
         held_out = pack_blocks(l2v.tokenizer, held_lines, args.max_length, "every 20th line of --data, held out,")
-        some = np.linspace(0, len(held_out) - 1, min(len(held_out), HELD_OUT)).astype(int)  # of every file
+        some = np.linspace(0, len(held_out) - 1, min(len(held_out), HELD_OUT)).astype(int)  # spread over every file
         train_mntp(l2v, blocks, held_out[some], settings, work, **options)
     elif args.stage == "simcse":
         train_simcse(l2v, train_lines, settings, work, **options)
@@ -169,6 +170,7 @@ def fit_memory(
     args: argparse.Namespace, parser: argparse.ArgumentParser, settings: Settings, argv: list[str], device: torch.device
 ) -> Settings:
     """Checkpointing and micro-batch for the free memory of a GPU, where the user has not said; a resumed run keeps its own."""
+    # parsed once more, with None as the default of these: what is not None was given
     given = vars(parser.parse_args(argv, argparse.Namespace(**dict.fromkeys(FITTED))))
     said = {name for name in FITTED if given[name] is not None}
     before = [folder for folder in (Path(f"{args.output}.part"), Path(args.output)) if is_run(folder)]

@@ -20,7 +20,7 @@ ROPE_TYPES = {  # and the numbers that each needs
     "linear": ("factor",),
     "llama3": ("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"),
 }
-# A window that no text of an encoder's max_length reaches stands under this name where transformers must not see it.
+# The name, in an export, of a sliding window that no text is long enough for: transformers must not see it (`write_merged`).
 KEPT_WINDOW = "llm2vec_sliding_window"
 # Beyond the largest decoders there are: a file that says more is broken, or meant to fill the memory.
 MOST = dict(vocab_size=2**22, hidden_size=2**16, intermediate_size=2**18, num_hidden_layers=256, num_attention_heads=1024,
@@ -97,7 +97,7 @@ class ModelConfig:
 
         given = {name: raw[name] for name in cls.__dataclass_fields__ if name in raw and raw[name] is not None}
         known = FAMILY_DEFAULTS[model_type] | given
-        if raw.get("num_key_value_heads", 0) is None:  # where null is not what leaving it out is
+        if raw.get("num_key_value_heads", 0) is None:  # null: as many as query heads; left out: the family's default
             known["num_key_value_heads"] = raw["num_attention_heads"]
         if "sliding_window" in raw:  # null switches it off
             known["sliding_window"] = raw["sliding_window"]
@@ -109,7 +109,7 @@ class ModelConfig:
         all_are = lambda kind: isinstance(types, list) and bool(types) and all(found == kind for found in types)  # noqa: E731
         if model_type == "qwen2" and known.get("sliding_window") is not None:
             is_on = bool(raw.get("use_sliding_window", False)) and not all_are("full_attention")
-            first = raw.get("max_window_layers", 28)  # where no layer_types say it, on the layers from this one on
+            first = raw.get("max_window_layers", 28)  # without layer_types, layers from this one on have the window
             if is_on and types is None and first != 0:
                 if type(first) is not int or first < raw["num_hidden_layers"]:
                     raise ValueError(
@@ -185,8 +185,8 @@ class Preset:
     adapters: tuple[str, ...] = ()  # hub ids or folders to merge on top of `model`, in order
 
 
-# LLM2Vec sections 2.2 and D.1 (pretrain, which the paper has not: what made `tiny`); the same for every model except where a
-# preset says otherwise.
+# LLM2Vec sections 2.2 and D.1 (pretrain is not the paper's: it made `tiny`); the same for every model except where a preset
+# says otherwise.
 PAPER = {
     "mntp": dict(steps=1000, batch_size=32, max_length=512, lr=5e-5, mask_probability=0.2, mask_style="bert"),
     "simcse": dict(steps=1000, batch_size=128, max_length=128, lr=3e-5, attention_dropout=0.3, temperature=0.05),

@@ -43,13 +43,13 @@ _mode_lock = threading.Lock()  # of the module, because a model with a lock in i
 
 
 # The authors' llm2vec_config.json has the first two fields of SETTINGS. What they call last_token is `last`; eos_token and
-# bos_token pool a special token, which this project never does: such a checkpoint needs `pooling` said.
+# bos_token pool a special token, which this project never does: such a checkpoint needs `pooling=` given.
 POOLING_ALIASES = {"last_token": "last"}
 THEIR_POOLINGS = ("eos_token", "bos_token")
 
 
 LINEAGE = ("adapters", "base_model_name_or_path", "preset")  # in llm2vec_config.json: what an encoder stands on
-SETTINGS = {  # what an encoder takes from llm2vec_config.json: what each must be, and whether it is
+SETTINGS = {  # what an encoder takes from llm2vec_config.json: what each must be, in words and as a check
     "pooling_mode": (f"one of {', '.join(POOLING_MODES)}", lambda value: value in (*POOLING_MODES, *THEIR_POOLINGS)),
     "max_length": ("a whole number from 1 on", lambda value: type(value) is int and 1 <= value < 2**31),
     "causal": ("true or false", lambda value: type(value) is bool),
@@ -74,7 +74,9 @@ def read_settings(folder: Path) -> dict:
         if name in settings and not holds(settings[name]):
             raise ValueError(f"{path}: {name} is {short(settings[name])}, expected {expected}")
     if settings.get("skip_instruction") is False:
-        raise ValueError(f"{path}: skip_instruction is false, but an instruction is never pooled here; delete it to have it so")
+        raise ValueError(
+            f"{path}: skip_instruction is false, but an instruction is never pooled here; delete the field to accept that"
+        )
     # the authors' files may have more fields; of these doc_max_length, where they cut a text before max_length, is not followed
     ours = {"stage", "exported_from"} & settings.keys()
     if ours and (unknown := settings.keys() - ours - SETTINGS.keys()):
@@ -101,7 +103,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     if str(name) in above:
         raise ValueError(f"{name}: names itself as its base model, by way of {', '.join(above)}")
     preset, local = find_preset(name), isdir(expanduser(name)) and str(name) not in PRESETS
-    if preset is not None and preset.adapters and not local:
+    if preset is not None and preset.adapters and not local:  # adapters on top of what the preset's model stands for
         base, chain, settings = find_chain(preset.model, (*above, str(name)))
         last = preset.adapters[-1] if str(name) in PRESETS else name  # a hub id may name a revision
         folders = [*map(resolve, preset.adapters[:-1]), resolve(last)]
@@ -110,7 +112,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     settings = read_settings(folder)
     if preset is not None:
         settings = {"template": list(preset.template)} | settings
-    if "adapters" in settings:
+    if "adapters" in settings:  # a run
         return settings["base_model_name_or_path"], [member(folder, name) for name in settings["adapters"]], settings
     place = folder.resolve()
     run = place.parent.parent
@@ -122,7 +124,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         raise ValueError(
             f"{name}: is an unfinished run; train.py with --resume, and the arguments it was started with, ends it"
         )
-    if (folder / ADAPTER_CONFIG).is_file():
+    if (folder / ADAPTER_CONFIG).is_file():  # a bare PEFT folder: what its base stands for, then itself
         base = base_of(folder)
         named = (folder / "config.json").is_file() and read_json(member(folder, "config.json")).get("_name_or_path")
         if named and named != str(base).partition("@")[0]:  # the authors' adapters lie beside one, which names the hub's base
@@ -136,7 +138,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
         except ValueError as error:
             raise ValueError(f"{folder / ADAPTER_CONFIG}: its base model: {error}") from None
         return base, [*chain, folder], before | settings
-    if str(name) in PRESETS and not Path(PRESETS[str(name)].model).is_dir():
+    if str(name) in PRESETS and not Path(PRESETS[str(name)].model).is_dir():  # from here on: a base by itself
         name = PRESETS[str(name)].model  # its hub id, which other libraries know too
     return str(folder.resolve()) if local else str(name), [], settings
 
@@ -252,12 +254,13 @@ class LLM2Vec(nn.Module):
             warnings.warn(
                 f"max_length is {max_length}, but the model was made for {most} positions: states get worse", stacklevel=2
             )
-        has_tokenizer = [f for f in (*reversed(chain), base_folder) if member(f, "tokenizer.json").is_file()]
+        folders = (*reversed(chain), base_folder)  # the newest tokenizer counts
+        home = next((folder for folder in folders if member(folder, "tokenizer.json").is_file()), base_folder)
         if causal is None:
             causal = settings.get("causal", False)
         l2v = cls(
             decoder,
-            Tokenizer(has_tokenizer[0] if has_tokenizer else base_folder),
+            Tokenizer(home),
             causal=causal,
             pooling=pooling,
             max_length=settings.get("max_length", 512) if max_length is None else max_length,
@@ -317,8 +320,8 @@ class LLM2Vec(nn.Module):
         return self.decoder(batch.input_ids, batch.padding_mask, causal=self.causal), batch.pool_mask
 
     def embed(self, texts: list, instruction: str | None = None) -> Tensor:
-        """Embeddings of one batch, (N, C) float32, to train through, once weights are set free: `add_lora(l2v.decoder)`, or
-        `l2v.decoder.requires_grad_()`; with dropout after `l2v.train()`. ValueError for no text."""
+        """Embeddings of one batch, (N, C) float32, with gradients: first `add_lora(l2v.decoder)` or
+        `l2v.decoder.requires_grad_()`, and `l2v.train()` for dropout. ValueError for no text."""
         if len(texts) == 0:
             raise ValueError("no text to embed")
         return pool(*self.states(self.tokenize(texts, instruction)), self.pooling)
@@ -340,8 +343,8 @@ class LLM2Vec(nn.Module):
         Args:
             texts: one text, a list of texts, a list of [instruction, text] pairs, or what `tokenize` made of them.
             instruction: put before each text, and not pooled; documents usually get none.
-            batch_size: most texts per forward pass; default: as many as are a good number of tokens for the device. They
-                are sorted by length, so that little is padded.
+            batch_size: most texts per forward pass; default: as many as fill the device. Texts are sorted by length, so
+                that little is padded.
             pooling: another than the model's own; None gives the states of each text's own tokens instead.
             normalize: scale each vector to length 1.
             dim: keep only the first `dim` numbers of each vector; for a model that was trained with `--matryoshka`.
@@ -360,7 +363,7 @@ class LLM2Vec(nn.Module):
         if batch_size is not None and batch_size < 1:
             raise ValueError(f"batch_size is {batch_size}, expected at least 1 text")
         mode = self.pooling if pooling == "default" else pooling
-        texts = texts if isinstance(texts, (bytes, dict)) else list(texts)
+        texts = texts if isinstance(texts, (bytes, dict)) else list(texts)  # these two are for `tokenize` to refuse
         tokenized = isinstance(texts, list) and bool(texts) and isinstance(texts[0], Encoded)
         if tokenized and instruction:
             raise ValueError("an instruction is put before texts, and these are tokenized already: give it to `tokenize`")
@@ -383,7 +386,7 @@ class LLM2Vec(nn.Module):
                 for i, states in zip(rows, vectors.numpy(), strict=True):
                     results[i] = states[len(states) - lengths[i] :][encoded[i].pooled]
             return results
-        width = batches[0][1].shape[-1] if batches else dim or self.width  # `pooling` may give another than the model's own
+        width = batches[0][1].shape[-1] if batches else dim or self.width  # a pooling of your own may change it
         result = np.zeros((len(encoded), width), dtype=np.float32)
         for rows, vectors in batches:
             result[rows] = vectors.numpy()
@@ -476,8 +479,8 @@ class LLM2Vec(nn.Module):
         return {"preset": self.preset} if self.preset else {}
 
     def keep_adapters(self, folder: str | Path) -> None:
-        """Copies the files of the adapters that were merged, as they are now, into a folder, and takes them from there from now
-        on: the originals may be replaced while a new one trains.
+        """Copies the merged adapters' files into a folder and uses the copies from then on: the originals may be replaced while
+        a new one trains.
 
         Raises:
             ValueError: one has gone since it was loaded.

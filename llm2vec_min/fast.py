@@ -23,7 +23,7 @@ def fused(function: Callable) -> Callable:
     @functools.wraps(function)
     def run(x: Tensor, *others: Tensor) -> Tensor:
         nonlocal compiled
-        if not (x.is_cuda and CAN_COMPILE) or torch.compiler.is_compiling():  # --compile fuses more than this chain
+        if not (x.is_cuda and CAN_COMPILE) or torch.compiler.is_compiling():  # --compile fuses it in
             return function(x, *others)
         if compiled is None:  # on first use: to import the compiler takes seconds
             compiled = torch.compile(function, dynamic=True)
@@ -33,8 +33,8 @@ def fused(function: Callable) -> Callable:
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """F.dropout, three times as fast on the CPU, where random numbers are drawn one after the other: four 16-bit
-    ones are taken from each 64-bit draw, so that the probability is rounded to a multiple of 1 / 65536, at least one."""
+    """F.dropout, but three times as fast on the CPU, where random numbers are drawn one after the other: each 64-bit draw serves
+    four elements, so the probability is rounded to a multiple of 1 / 65536, never to 0 or 1."""
     if not training or probability == 0:
         return x
     if x.device.type != "cpu":
@@ -42,5 +42,5 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
     draws = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
     last = min(max(round(probability * 65536), 1), 65535) - 32769  # the highest draw that drops
-    kept = draws.clamp_(last, last + 1).sub_(last)  # 0 or 1; to compare and choose would take twice as long
+    kept = draws.clamp_(last, last + 1).sub_(last)  # 0 or 1, in half the time of a comparison
     return x * kept.to(x.dtype).mul_(1 / (1 - probability))

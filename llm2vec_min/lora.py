@@ -43,7 +43,7 @@ class LoRALinear(nn.Linear):
         rows = x.reshape(-1, self.in_features)  # (N, in)
         y = F.linear(rows, self.weight, self.bias)  # (N, out)
         a = F.linear(dropout(rows, self.dropout, self.training), self.lora_A.weight.to(x.dtype)) * self.scaling  # (N, R)
-        # y takes the update in place: nothing else of its size is made
+        # in place, into y: no second tensor of its size
         return y.addmm_(a, self.lora_B.weight.to(x.dtype).T).view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
@@ -71,7 +71,7 @@ def add_lora(
     """Freezes the model and puts a fresh adapter on its linear layers.
 
     Args:
-        r: rank. The update is scaled by alpha / r (rank-stabilised LoRA, arXiv 2312.03732, is alpha times sqrt(r)).
+        r: rank. The update is scaled by alpha / r (for rank-stabilised LoRA, arXiv 2312.03732, pass alpha * sqrt(r)).
         dropout: probability, on what enters the adapter.
         targets: last names of layers (`q_proj`), or whole ones (`layers.0.self_attn.q_proj`).
     Returns:
@@ -103,7 +103,7 @@ def add_lora(
 
 def merge_lora(model: nn.Module) -> None:
     """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model. `model.merges`
-    counts what was merged so: `save_run` refuses a base that no longer is the checkpoint it names."""
+    counts the adapters merged here: by it `save_run` notices a base that is no longer the checkpoint it names."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     with torch.no_grad():
         for name in names:  # names, because a list of the modules would keep each unmerged weight to the end

@@ -74,17 +74,16 @@ def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 def attention_mask(
     padding_mask: Tensor | None, T: int, *, causal: bool, sliding_window: int | None = None, device=None
 ) -> Tensor | None:
-    """Which keys each query may see: True = visible. Every mask is built here but the plainly causal one, which `attend` asks
-    the kernel for.
+    """Which keys each query may see: True = visible. All masks but the plain causal triangle, which is left to `attend`.
 
     Args:
         padding_mask: (B, T) bool, True = real token; None when nothing is padded.
         causal: True hides the keys to the right, False shows every real token.
         sliding_window: w; causal queries see the last w tokens (their own included), bidirectional ones w to each side.
     Returns:
-        None where scaled_dot_product_attention needs no mask: all visible, or plainly causal (its `is_causal`).
-        Otherwise bool, broadcastable to (B, 1, T, T). No query sees nothing, padding included (a causal one
-        itself, a bidirectional one the real tokens or, within a window, itself), so no softmax gives NaN.
+        None where no mask is needed beside `causal`: all visible, or the plain triangle. Otherwise bool, broadcastable to
+        (B, 1, T, T). Every query sees a key, so no softmax gives NaN: padding sees itself or (bidirectional, no window)
+        the real tokens.
     """
     windowed = sliding_window is not None and T > sliding_window
     if padding_mask is None and not windowed:
@@ -99,14 +98,14 @@ def attention_mask(
         visible = visible & ((ahead > -sliding_window) if causal else (ahead.abs() <= sliding_window))
     visible = visible[None, None]  # (1, 1, T, T)
     if padding_mask is not None:
-        visible = visible & padding_mask[:, None, None, :] | (ahead == 0)  # (B, 1, T, T)
+        visible = (visible & padding_mask[:, None, None, :]) | (ahead == 0)  # (B, 1, T, T); padding sees itself
     return visible
 
 
 # ---- Attention, and the noise that SimCSE lives on ----
 
 
-SHORT = 128  # tokens in a row, up to which `attend` trains in bfloat16 by hand on the CPU
+SHORT = 128  # tokens: in bfloat16 on a CPU, rows up to this length train faster without torch's attention kernel
 
 
 def attend(
@@ -116,14 +115,14 @@ def attend(
 
     Args:
         q: (B, H, T, D); k, v: (B, K, T, D), each shared by H / K query heads.
-        mask: bool, broadcastable to (B, 1, T, T), or None: everything visible, or plainly causal.
+        mask: bool, broadcastable to (B, 1, T, T), which decides alone; None: `causal` decides.
         noise: dropout probability, in training.
     Returns:
         (B, H, T, D)
     """
     (B, H, T, D), K = q.shape, k.shape[1]
     noise = noise if training else 0.0
-    # where torch's kernel for the CPU is slow to train through: with dropout, and in bfloat16 on short rows
+    # where torch's CPU kernel is slow to train through, with dropout or in bfloat16 on short rows: written out below
     by_hand = training and q.device.type == "cpu" and (noise > 0 or q.dtype == torch.bfloat16 and T <= SHORT)
     if not by_hand:
         if mask is not None and H != K:  # a GPU's fast kernel for masks wants as many key heads as query heads
@@ -134,6 +133,7 @@ def attend(
         )
     if mask is None and causal:
         mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+    # the H / K query heads of one key head are rows of one product
     scores = (q.reshape(B, K, H // K * T, D) @ k.transpose(-1, -2)).view(B, H, T, T).float() * D**-0.5
     if mask is not None:
         scores = scores.masked_fill(~mask, -torch.inf)
@@ -145,7 +145,7 @@ def attend(
 
 
 def pad(x: Tensor, real: Tensor, B: int, T: int) -> Tensor:
-    """(N, ...) of the real tokens, `real` (N,) their positions in B rows of T -> (B, T, ...), zeros in between."""
+    """Puts real tokens back into padded rows, (N, ...) -> (B, T, ...), zeros at padding. real: (N,), their places among B * T."""
     padded = x.new_zeros(B * T, *x.shape[1:])
     padded[real] = x
     return padded.unflatten(0, (B, T))
@@ -167,14 +167,14 @@ class Attention(nn.Module):
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor], mask: Tensor | None, causal: bool, real: Tensor | None = None
     ) -> Tensor:
-        """(B, T, C) in, the same out. With `real`, which says at which of the B x T positions they stand, (N, C) of the real
-        tokens alone: these are put back into padded rows for attention only, where the tokens of a row meet."""
+        """(B, T, C) in, the same out. Or, with `real` (N,), the N real tokens alone, (N, C): they go back into padded rows only
+        for attention, the one place where the tokens of a row meet."""
         q = self.q_proj(x).unflatten(-1, (self.H, self.D))  # (B, T, H, D)
         k = self.k_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
         v = self.v_proj(x).unflatten(-1, (self.K, self.D))  # (B, T, K, D)
-        rope = [table.unsqueeze(-2) for table in rope]  # the same for all heads; rotated before the heads move apart in memory
+        rope = [table.unsqueeze(-2) for table in rope]  # the same for all heads; rotated here, where memory is contiguous
         q, k = rotate(q, *rope), rotate(k, *rope)
-        if real is not None:  # where there is padding there is a mask, (B, 1, 1 or T, T)
+        if real is not None:  # then there is a mask, (B, 1, 1 or T, T), which knows B and T
             q, k, v = (pad(x, real, mask.shape[0], mask.shape[-1]) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
         y = attend(q, k, v, mask, causal, self.dropout, self.training)  # (B, H, T, D)
@@ -227,7 +227,8 @@ class Decoder(nn.Module):
         self.config = config
         self.source = ""  # where its weights come from, for error messages
         table = torch.empty(config.vocab_size, config.hidden_size)
-        if not table.is_meta:  # drawing numbers where there are none would take seconds: torch imports its compiler for it
+        # nn.Embedding itself would draw on the meta device too, for which torch imports its compiler: seconds
+        if not table.is_meta:
             nn.init.normal_(table)
         self.embed_tokens = nn.Embedding.from_pretrained(table, freeze=False)
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
@@ -241,23 +242,23 @@ class Decoder(nn.Module):
 
         Args:
             input_ids: (B, T) int64.
-            padding_mask: (B, T) bool, True = real token; None means that no token is padding (never: causal). Best on
-                the CPU, whatever the device is: it is looked at, and a GPU would have to be waited for.
+            padding_mask: (B, T) bool, True = real token; None: nothing is padded (it says nothing of the direction). Best kept
+                on the CPU: its values are read here, and reading them from a GPU would wait for it.
             causal: the toggle. It has no default, so that no caller gets a direction by accident.
             all_layers: also return what enters each layer.
         Returns:
             (B, T, C), zeros at padding; with all_layers a list of num_hidden_layers + 1 such tensors, embeddings first.
             Rotary positions are relative, so the states of real tokens depend neither on the side of the padding
-            nor on its amount, up to rounding (of the rotary tables, too: about 1 % in bfloat16).
+            nor on its amount, up to rounding (about 1 % in bfloat16, which rounds the rotary tables too).
         Raises:
             ValueError: a row without a real token.
         """
         (B, T), device, real = input_ids.shape, input_ids.device, None
         rope = rotary_tables(self.config, T, device, self.embed_tokens.weight.dtype)
-        if padding_mask is not None:  # only real tokens are computed; attention puts the padding between them
+        if padding_mask is not None:  # padding is left out of all but attention
             if not (has_token := padding_mask.any(dim=1)).all():
                 raise ValueError(f"row {int(has_token.logical_not().nonzero()[0])} of the batch has no real token")
-            real = to_device(padding_mask.flatten().nonzero().squeeze(1), device)  # (N,), numbers of positions
+            real = to_device(padding_mask.flatten().nonzero().squeeze(1), device)  # (N,), places of the real tokens among B * T
             padding_mask = to_device(padding_mask, device)
             input_ids = input_ids.flatten().index_select(0, real)  # (N,)
             rope = tuple(table.index_select(0, real % T) for table in rope)  # (N, D)
@@ -289,7 +290,7 @@ class LanguageModel(nn.Module):
             self.lm_head.weight = self.model.embed_tokens.weight
 
     def forward(self, input_ids: Tensor, padding_mask: Tensor | None = None, *, causal: bool) -> Tensor:
-        """Logits at every position, (B, T, V). Training calls `model` and `lm_head` apart, to compute fewer."""
+        """Logits at every position, (B, T, V). Training calls `model` and `lm_head` separately, for fewer of them."""
         return self.lm_head(self.model(input_ids, padding_mask, causal=causal))
 
 

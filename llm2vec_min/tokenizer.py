@@ -16,6 +16,7 @@ from torch import Tensor
 from .device import to_device
 from .files import member, read_json, short
 
+MARGIN = 32  # tokens read beyond max_length, so that what a cut does to the tokens beside it touches none that is kept
 AT_ONCE = 2**22  # characters tokenized at a time: `tokenizers` keeps a hundred bytes for every token
 MAX_TOKENIZER = 64 * 2**20  # bytes; twice the largest vocabulary's
 
@@ -32,8 +33,8 @@ class Batch(NamedTuple):
 
 
 class Tokenizer:
-    """A checkpoint's `tokenizer.json`, giving the ids that transformers' AutoTokenizer gives (but for a text that begins with a
-    space, where transformers 5 rebuilds Llama 2's normalizer and no longer puts another space before it).
+    """A checkpoint's `tokenizer.json`, giving the ids of transformers' AutoTokenizer (except, with Llama 2, before a text that begins
+    with a space: transformers 5 changed its normalizer there).
 
     Special tokens are added by that file's own post-processor, as in transformers 5: it says whether a text begins with
     BOS. From `tokenizer_config.json` only the names of the special tokens are taken.
@@ -75,9 +76,10 @@ class Tokenizer:
         except BaseException as error:  # tokenizers raises plain Exception, and its panics (in Rust) are not even that
             if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
                 raise
-            raise ValueError(f"{self.path}: not a tokenizer that works ({repr(str(error)[:300])[1:-1]})") from None
+            raise ValueError(f"{self.path}: the tokenizer fails ({repr(str(error)[:300])[1:-1]})") from None
 
     def _settle(self) -> None:
+        """Switches off the backend's own padding, truncation and dropout."""
         self.backend.no_padding()
         self.backend.no_truncation()
         if getattr(self.backend.model, "dropout", None):  # the same text, the same ids
@@ -85,8 +87,8 @@ class Tokenizer:
         self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
 
     def limit_vocabulary(self, vocab_size: int) -> None:
-        """Forgets the added tokens that a model has no embedding for (most often a padding token), so that a text in which
-        one stands is read as any other.
+        """Forgets the added tokens that a model has no embedding for (most often a padding token), so that a text that
+        contains one is split like any other.
 
         Args:
             vocab_size: ids that have an embedding.
@@ -149,24 +151,22 @@ class Tokenizer:
             ids = np.array(encoding.ids, dtype=np.int64)
             starts, ends = np.array(encoding.offsets, dtype=np.int64).reshape(-1, 2).T
             inserted = np.array(encoding.special_tokens_mask, dtype=bool)
-            # The space that joins instruction and text counts as the text's: most often both are one token, and where a
-            # tokenizer cannot merge them, the text alone would begin with such a token too. Byte-level tokenizers trim
-            # spaces off the offsets, so a token of spaces alone starts where it ends.
+            # The space that joins instruction and text counts as the text's: most tokenizers merge it into the first word, and
+            # the others would begin a lone text with such a token, too.
             begin, stop = len(head) - head.endswith(" "), len(head) + len(text)
-            pooled = ((ends > begin) | (starts >= begin)) & ((starts < stop) | (ends <= stop)) & ~inserted
+            overlaps = (ends > begin) & (starts < stop)
+            spaces = (starts == ends) & (begin <= starts) & (starts <= stop)  # byte-level tokenizers trim them off the offsets
+            pooled = (overlaps | spaces) & ~inserted
             if not text:  # the joining space alone is no text
                 pooled[:] = False
-            if max_length is not None and len(ids) > max_length:
+            if max_length is not None and (surplus := len(ids) - max_length) > 0:
                 own = np.flatnonzero(pooled)
-                surplus = len(ids) - max_length
                 if surplus >= len(own):
                     raise ValueError(
                         f"instruction, template and special tokens take {len(ids) - len(own)} tokens, "
                         f"which leaves no room for the text within max_length {max_length}"
                     )
-                keep = np.ones(len(ids), dtype=bool)
-                keep[own[len(own) - surplus :]] = False
-                ids, pooled = ids[keep], pooled[keep]
+                ids, pooled = (np.delete(x, own[-surplus:]) for x in (ids, pooled))  # the text's last tokens
             if not len(ids):  # an empty text where the tokenizer adds no special token: one token that is not pooled
                 ids, pooled = np.array([self.pad_id]), np.array([False])
             encoded.append(Encoded(ids, pooled))
@@ -174,7 +174,7 @@ class Tokenizer:
 
     def _encodings(self, heads: list[str], texts: list[str], suffix: str, max_length: int | None) -> Iterator[tuple]:
         """Head, text and encoding of each text; of a very long one only the beginning, which is all that is kept of it."""
-        most = None if max_length is None else (max_length + 32) * self._longest  # at least as many tokens
+        most = None if max_length is None else (max_length + MARGIN) * self._longest  # characters
         group, size = [], 0
         for number, (head, text) in enumerate(zip(heads, texts, strict=True), 1):
             group.append((head, text[:most], text))
@@ -183,7 +183,7 @@ class Tokenizer:
                 continue
             encodings = self.encode_batch([head + cut + suffix for head, cut, _ in group])
             for (head, cut, text), encoding in zip(group, encodings, strict=True):
-                if len(cut) < len(text) and len(encoding.ids) < max_length + 32:  # a tokenizer that leaves characters out
+                if len(cut) < len(text) and len(encoding.ids) < max_length + MARGIN:  # a tokenizer that leaves characters out
                     cut, encoding = text, self._call(self.backend.encode, head + text + suffix)
                 yield head, cut, encoding
             group, size = [], 0
@@ -194,8 +194,8 @@ class Tokenizer:
         return max(map(len, self.backend.get_vocab()), default=1)
 
     def collate(self, encoded: list[Encoded], device: torch.device | None = None) -> Batch:
-        """Rows of different lengths as one batch, padded on the left to the longest; on a GPU, if any is padded, to a multiple
-        of 16, which is what its kernels are made for, and makes few different shapes."""
+        """Rows of different lengths as one batch, padded on the left to the longest; on a GPU, where any is padded, to a multiple
+        of 16: its kernels prefer that, and shapes repeat."""
         lengths = [len(row.ids) for row in encoded]
         T = max(lengths)
         padded = min(lengths) < T

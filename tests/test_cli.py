@@ -557,7 +557,7 @@ def test_repeated_flags_add_up(files):
         (["a", "--max-length", "0"], "max_length is 0, expected at least 1 token"),
         (["--input", "{text}", "--output", "{folder.npy}"], "folder.npy: is a folder, expected a file"),
         (["--input", "{pipe}", "--output", "x.npy"], "is a pipe, a device or a folder, expected a file"),
-        (["--input", "{npy}", "--output", "{npy}"], "same.npy: is the --input too"),
+        (["--input", "{npy}", "--output", "{npy}"], "same.npy: is also the --input"),
         (["--input", "{utf16}", "--output", "x.npy"], "utf16.txt: holds a zero byte in its first line; is it UTF-16"),
         (["--input", "{digits}", "--output", "x.npy"], "digits.jsonl:1: expected a JSON string or an object"),
         (["a", "--device", "meta"], "device 'meta' is not available .it holds no numbers"),

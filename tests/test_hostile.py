@@ -490,12 +490,12 @@ for name, data in [
     ("a merge of unknown parts", b'{"version": "1.0", "model": {"type": "BPE", "vocab": {"a": 0}, "merges": ["x y"]}}'),
     ("a model of sentencepiece", b"\x0a\x0e\x0a\x05<unk>\x15\x00\x00\x00\x00\x18\x02"),
 ]:
-    case(f"tokenizer: {name}", TOKENIZER, "not a tokenizer that works")(
+    case(f"tokenizer: {name}", TOKENIZER, "the tokenizer fails")(
         lambda folder, data=data: (folder / TOKENIZER).write_bytes(data)
     )
 case("tokenizer: none", TOKENIZER, "not found")(lambda folder: (folder / TOKENIZER).unlink())
 case("tokenizer: 65 MB", TOKENIZER, "is larger than 64 MB")(lambda folder: os.truncate(folder / TOKENIZER, 65 * MB))
-case("tokenizer: a pattern that is none", TOKENIZER, "not a tokenizer that works")(
+case("tokenizer: a pattern that is none", TOKENIZER, "the tokenizer fails")(
     lambda folder: edit_tokenizer(
         folder,
         lambda raw: raw.update(

@@ -14,7 +14,7 @@ from llm2vec_min.data import batches, pack_blocks
 from llm2vec_min.encoder import sorted_batches
 from llm2vec_min.lora import LoRALinear, add_lora
 from llm2vec_min.model import attention_mask
-from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.tokenizer import MARGIN, Tokenizer
 from llm2vec_min.training.mntp import mask_tokens
 from llm2vec_min.weights import adapter_of, load_adapter, load_decoder, save_adapter
 
@@ -89,7 +89,7 @@ def test_the_end_of_a_very_long_text_is_not_read(tokenizers, kind, piece, begin,
     (whole,) = tokenizer.encode([text], **around)
     vars(tokenizer)["_longest"] = longest
     assert cut.ids.tolist() == whole.ids.tolist() and cut.pooled.tolist() == whole.pooled.tolist()
-    assert len(read) == min(len(text), (limit + 32) * longest)
+    assert len(read) == min(len(text), (limit + MARGIN) * longest)
 
 
 @settings(max_examples=40)

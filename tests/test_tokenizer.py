@@ -108,7 +108,7 @@ def test_bad_folders(tmp_path):
     with pytest.raises(ValueError, match="tokenizer.json: not found"):
         Tokenizer(tmp_path)
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ValueError, match="not a tokenizer that works"):
+    with pytest.raises(ValueError, match="the tokenizer fails"):
         Tokenizer(tmp_path)
 
 

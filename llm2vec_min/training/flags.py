@@ -241,7 +241,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
     if args.shard and processes == 1:
         raise ValueError("--shard spreads the base over several processes, found one: torchrun --nproc_per_node=2 train.py ...")
     if args.batch_size % processes:
-        raise ValueError(f"--batch-size is {args.batch_size}, which {processes} processes do not divide evenly")
+        raise ValueError(f"--batch-size is {args.batch_size}, which {processes} processes cannot share evenly")
     if args.stage == "mntp" and args.causal:
         raise ValueError("--causal: MNTP trains a bidirectional encoder; the causal baseline is --stage simcse --causal")
     if args.stage == "pretrain" and not args.data:

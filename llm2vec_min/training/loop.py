@@ -1,4 +1,4 @@
-"""What every stage shares and what is not the method: optimizer step, metrics, progress, killed and resumed."""
+"""What every stage shares and what is not the method: optimizer step, metrics, progress, checkpoints."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ MOST_SKIPPED = 5  # steps in a row without a finite gradient
 
 
 def seed_torch(*numbers: int) -> torch.Generator:
-    """Seeds torch, and returns a CPU generator of its own, with a number that changes with any of `numbers`."""
+    """Seeds torch, and a CPU generator that is returned, with one number made of all `numbers`."""
     seed = int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0])
     torch.manual_seed(seed)
     return torch.Generator().manual_seed(seed)
@@ -79,10 +79,11 @@ class Loop:
         quiet: bool = False,
     ):
         if settings.batch_size % world_size():
-            raise ValueError(f"--batch-size is {settings.batch_size}, which {world_size()} processes do not divide evenly")
+            raise ValueError(f"--batch-size is {settings.batch_size}, which {world_size()} processes cannot share evenly")
         self.model, self.settings, self.quiet = model, settings, quiet
         self.output = None if output is None else Path(output)
-        self.arguments, self.is_new, self.resumed = arguments, not resume, resume
+        self.arguments, self.resumed = arguments, resume
+        self.is_new = not resume  # the folder has yet to be made
         self.is_main = rank() == 0  # who writes and reports
         self.evaluate = evaluate
         self.parameters = trainable_parameters(model)
@@ -103,8 +104,9 @@ class Loop:
 
     def __iter__(self) -> Iterator[int]:
         self.open()
-        self.skipped = 0  # steps in a row
-        self.stopping = self.stopped = False  # a signal came; all processes know
+        self.skipped = 0  # steps without a finite gradient, in a row
+        self.stopping = False  # this process got a signal
+        self.stopped = False  # every process knows of one
         self.saved = time.monotonic()
         hidden = self.quiet or not self.is_main
         self.bar = tqdm(total=self.settings.steps, initial=self.start, desc="training", disable=hidden, mininterval=1.0)
@@ -149,7 +151,7 @@ class Loop:
     def open(self) -> None:
         """Makes the folder of a new run; iterating does it too, once every check has passed."""
         if self.output is not None and self.is_new and self.is_main:
-            if self.resumed:  # from none that was whole
+            if self.resumed:  # --resume found no whole checkpoint
                 for name in (CHECKPOINT, BEFORE):
                     (self.output / name).unlink(missing_ok=True)
             open_output(self.output, self.arguments)
@@ -171,7 +173,7 @@ class Loop:
         Args:
             loss: scalar, this process's part of the step's loss; the part's gradients are already in place.
             tokens: real tokens of the whole step, for the report.
-            numbers: process 0's, more for metrics.jsonl, by name.
+            numbers: more values for metrics.jsonl, by name; process 0's are written.
         Raises:
             ValueError: no weight has a gradient, too many steps in a row have one that is not finite, or a number's name is taken.
         """
@@ -181,7 +183,7 @@ class Loop:
         unreached = [parameter for parameter in self.parameters.values() if parameter.grad is None]
         if len(unreached) == len(self.parameters):
             raise ValueError("no weight has a gradient: call loss.backward() before update")
-        for parameter in unreached:  # by this step's loss in this process; its moments and weight decay still act
+        for parameter in unreached:  # by this process's loss: zeros, to be added up; moments and weight decay still act
             parameter.grad = torch.zeros_like(parameter)
         loss, stop = loss.detach().clone(), loss.new_full((), float(self.stopping))
         distributed.add_up([loss, stop, *(p.grad for p in self.parameters.values())])
@@ -264,11 +266,11 @@ class Loop:
                     f"{self.output / METRICS}: cannot be written ({error}); --resume goes on from what is saved"
                 ) from None
 
-    # ---- killed and resumed ----
+    # ---- checkpoints ----
 
     def _save_checkpoint(self, step: int) -> None:
-        """Trained weights and the optimizer's moments after `step` steps, in one file that is on the disk before it takes
-        its place. The one before stays, in case of a disk that promises and forgets.
+        """Trained weights and the optimizer's moments after `step` steps, in one file that is on the disk before it takes the
+        last one's place; that one is kept beside it, for disks that lose what they said was written.
 
         Raises:
             ValueError: it could not be written; those before are whole.
@@ -332,7 +334,7 @@ class Loop:
                 about = file.metadata() or {}
                 tensors = {key: file.get_tensor(key) for key in file.keys()}
             if checksum(about.get("step", ""), tensors) != about.get("sha256"):
-                raise ValueError("its checksum is another")
+                raise ValueError("its checksum does not match")
         except FileNotFoundError:  # process 0 has found it torn, and removed it
             return 0
         except (OSError, MemoryError) as error:  # it may be whole
@@ -351,7 +353,7 @@ class Loop:
         with torch.no_grad():
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
-                # AdamW counts its steps on the host unless fused on a GPU; the moments live beside the parameter.
+                # a fused AdamW keeps its count of steps, like the moments, on the parameter's device
                 for key in ("step", "exp_avg", "exp_avg_sq"):
                     if f"{key}.{name}" in tensors:  # else no step was taken yet
                         self.optimizer.state[parameter][key] = tensors[f"{key}.{name}"].to(parameter.device)

@@ -80,18 +80,17 @@ def mask_tokens(
 
 def chosen_states(decoder: Decoder, masked_ids: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
     """For the M chosen positions, the states that predict them (M, C), each one position to the left of its token, and
-    the true ids (M,). Labels on the CPU save a GPU's host from waiting to learn what M is."""
+    the true ids (M,). Keep labels on the CPU: the host would have to wait for a GPU to learn M."""
     hidden = decoder(masked_ids, causal=False)  # (B, T, C)
-    # what the next token is, (B * T,); position 0 has no predecessor
-    chosen = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()
-    where = (chosen != IGNORED).nonzero().squeeze(1)  # (M,)
-    targets = to_device(chosen[where], hidden.device)
+    next_labels = F.pad(labels[:, 1:], (0, 1), value=IGNORED).flatten()  # (B * T,), what each position has to predict
+    where = (next_labels != IGNORED).nonzero().squeeze(1)  # (M,)
+    targets = to_device(next_labels[where], hidden.device)
     return hidden.flatten(0, 1).index_select(0, to_device(where, hidden.device)), targets
 
 
 def mntp_loss(decoder: Decoder, lm_head: nn.Linear, masked_ids: Tensor, labels: Tensor, count: int | None = None) -> Tensor:
-    """Mean of -log p(x_i | h_{i-1}) over the chosen positions i, in nats; 0 when none is chosen. The head, the widest product
-    of the model, runs on no other position.
+    """Mean of -log p(x_i | h_{i-1}) over the chosen positions i, in nats; 0 when none is chosen. The head, the model's
+    widest matrix, runs on no other position.
 
     Args:
         count: divide by this instead of M: the chosen positions of a whole batch of which these rows are a part.
@@ -189,7 +188,8 @@ def train_mntp(
     for _ in loop:
         ids = torch.from_numpy(train_blocks[next(order)]).long()  # (B, T), the batch of all processes
         masked_ids, labels = mask_tokens(ids, **fixed, generator=loop.generator)
-        count, total = max(1, int((labels != IGNORED).sum())), 0.0
+        count = max(1, int((labels != IGNORED).sum()))  # of the whole batch
+        total = 0.0
         for part, rows in enumerate(loop.micro_batches()):
             loop.seed_dropout(part)
             ids_in = to_device(masked_ids[rows], l2v.device)

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 
 @dataclass
 class Settings:
-    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored; those of LoRA are
-    `train.py`'s, which makes the adapter, as a caller of `train_mntp` and the like does with `add_lora`."""
+    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored. The LoRA fields are
+    for `train.py`'s call of `add_lora`; who calls `train_mntp` and the like makes that call."""
 
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # sequences (supervised: triplets) per optimizer step, over all processes

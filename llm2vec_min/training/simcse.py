@@ -1,7 +1,7 @@
 """Stage 2, unsupervised SimCSE (arXiv 2104.08821; LLM2Vec section 2.1): the whole method in one file.
 
-Each sentence is encoded twice. Dropout makes the two vectors, its twins, differ a little. The loss pulls twins together
-and pushes the other sentences of the batch away, so what the noise cannot change, the meaning, comes to decide.
+Each sentence is encoded twice. Dropout makes its two vectors, the twins, differ a little. The loss pulls twins together
+and pushes the batch's other sentences away, so that vectors come to depend on what the noise leaves alone: the meaning.
 """
 
 from __future__ import annotations
@@ -25,25 +25,25 @@ from .loop import Loop
 from .settings import Settings
 
 
-def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05, counted: Tensor | None = None) -> Tensor:
+def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05, compared: Tensor | None = None) -> Tensor:
     """Mean cross-entropy of finding candidate i among all candidates by its cosine with query i.
 
     Args:
         queries: (B, C); candidates: (N, C) with N >= B, candidate i being the positive of query i. Float32.
         temperature: divides the cosines; 0.05 is a scale of 20.
-        counted: (B, N) bool, which candidates a query is compared with, its positive always; None: all.
+        compared: (B, N) bool, the candidates that each query is compared with, its positive among them; None: all.
     Returns:
         Scalar, in nats.
     """
     cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, N), in [-1, 1]
-    if counted is not None:
-        cosines = cosines.masked_fill(~counted, -torch.inf)
+    if compared is not None:
+        cosines = cosines.masked_fill(~compared, -torch.inf)
     return F.cross_entropy(cosines / temperature, torch.arange(len(queries), device=queries.device))
 
 
-def different(kind: np.ndarray) -> np.ndarray:
-    """Which sentences each is compared with, (B, B) bool: its own twin and all others but its equals, which say the same
-    and, since sentences of one length share a batch, often meet. kind: (B,), the same number for equal sentences."""
+def twin_mask(kind: np.ndarray) -> np.ndarray:
+    """Which twins each sentence is compared with, (B, B) bool: its own, and those of all sentences that differ from it. Equal
+    ones often meet, since a batch holds sentences of like length. kind: (B,), one number for each distinct sentence."""
     return (kind[:, None] != kind) | np.eye(len(kind), dtype=bool)
 
 
@@ -58,26 +58,26 @@ def embed_twins(l2v: LLM2Vec, encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
 def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
     """One step's loss over the vectors of all processes, with its gradient added to that of the weights.
 
-    The loss needs every vector of the batch, the memory of a forward pass only one part's. So, with several parts
-    (GradCache, arXiv 2101.06983): all vectors first, without a graph; the gradient of the loss with respect to each
-    vector; then each part once more, with a graph and the same noise, to carry its vectors' gradients on to the weights.
+    The loss needs every vector of the batch at once; memory may hold the graph of one part only. So, with several parts
+    (GradCache, arXiv 2101.06983): all vectors, without a graph; the loss's gradient with respect to each of them; then each
+    part once more, with a graph and the same noise, to carry its vectors' gradients on to the weights.
 
     Args:
-        embed: a part's number to its vectors, (n, ..., C), with the same noise in every call.
-        parts: how many this process has; its vectors are as many as any other's.
+        embed: a part's number to its vectors, (n, ..., C), with the same noise each time that part is embedded.
+        parts: how many this process has; every process must have as many vectors.
         loss_of: all vectors, process after process, to the loss.
     Returns:
         Scalar: this process's share of the loss.
     """
-    with torch.set_grad_enabled(parts == 1):
+    with torch.set_grad_enabled(parts == 1):  # a single part keeps its graph, and needs no second pass
         mine = [embed(part) for part in range(parts)]
     vectors = distributed.gather(torch.cat(mine)).requires_grad_()  # those of all processes
-    loss = loss_of(vectors) / world_size()
+    loss = loss_of(vectors) / world_size()  # each process computes all of it, and `update` adds the shares up
     loss.backward()  # as far as the vectors, and to weights in the loss itself, if it has any
-    gradient = world_size() * vectors.grad.chunk(world_size())[rank()]  # of this process's vectors
-    for part, of_vectors in enumerate(gradient.split([len(some) for some in mine])):
+    gradient = world_size() * vectors.grad.chunk(world_size())[rank()]  # undivided: no other process carries these on
+    for part, of_part in enumerate(gradient.split([len(some) for some in mine])):
         again = mine[0] if parts == 1 else embed(part)
-        again.backward(of_vectors)
+        again.backward(of_part)
     return loss
 
 
@@ -120,7 +120,7 @@ def train_simcse(
     """
     if min(len(sentences), settings.batch_size) < 2:
         raise ValueError(
-            f"{len(sentences)} sentences in batches of {settings.batch_size}: the negatives are the other sentences, it takes two"
+            f"{len(sentences)} sentences in batches of {settings.batch_size}: negatives are the other sentences, so it takes two"
         )
     needed = settings.steps * settings.batch_size
     if len(sentences) > needed:  # do not tokenize a million sentences to use some
@@ -144,14 +144,14 @@ def train_simcse(
         for _ in loop:
             rows = next(order)  # (B,), the batch of all processes
             parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
-            counted = to_device(torch.from_numpy(different(kind[rows])), l2v.device)
+            compared = to_device(torch.from_numpy(twin_mask(kind[rows])), l2v.device)
 
             def embed(part: int) -> Tensor:
                 loop.seed_dropout(part)
                 return torch.stack(embed_twins(l2v, parts[part]), dim=1)  # (b, 2, C)
 
             def loss_of(twins: Tensor) -> Tensor:
-                return info_nce(twins[:, 0], twins[:, 1], settings.temperature, counted)
+                return info_nce(twins[:, 0], twins[:, 1], settings.temperature, compared)
 
             loss = backward(embed, len(parts), loss_of)
             loop.update(loss, 2 * sum(lengths[i] for i in rows))

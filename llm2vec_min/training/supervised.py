@@ -33,54 +33,55 @@ def flatten(triplets: list[Triplet]) -> list[tuple[str, str]]:
 
 
 def owners(triplets: list[Triplet]) -> np.ndarray:
-    """Of each candidate, the row that brought it, (N,)."""
+    """(N,): the row that each candidate came with."""
     return np.concatenate([np.arange(len(triplets)), np.repeat(np.arange(len(triplets)), [len(t.negatives) for t in triplets])])
 
 
-def count_candidates(triplets: list[Triplet], in_batch: bool = True) -> Tensor:
+def candidate_mask(triplets: list[Triplet], in_batch: bool = True) -> Tensor:
     """Which candidates each query is compared with, (B, N) bool: its positive, and those that are wrong answers to it.
 
-    A candidate that says the query itself again, or a positive of that query and instruction in the batch, is no wrong answer.
+    A candidate equal to the query, or to any positive of the same query and instruction in the batch, is not wrong.
 
     Args:
         in_batch: whether other rows' positives and negatives are compared with, or only the query's own.
     """
-    right, where = defaultdict(set), defaultdict(list)
+    right, where = defaultdict(set), defaultdict(list)  # texts that are not wrong; columns where a text stands
     for t in triplets:
         right[t.query, t.instruction] |= {t.query, t.positive}
     for column, (_, text) in enumerate(flatten(triplets)[len(triplets) :]):
         where[text].append(column)
     owner = torch.from_numpy(owners(triplets))
     row = torch.arange(len(triplets))
-    counted = (owner == row[:, None]) | in_batch
+    compared = (owner == row[:, None]) | in_batch
     for i, t in enumerate(triplets):
-        counted[i, [column for text in right[t.query, t.instruction] for column in where.get(text, ())]] = False
-    counted[row, row] = True
-    return counted
+        compared[i, [column for text in right[t.query, t.instruction] for column in where.get(text, ())]] = False
+    compared[row, row] = True
+    return compared
 
 
-def supervised_loss(vectors: Tensor, counted: Tensor, temperature: float = 0.02, matryoshka: tuple[int, ...] = ()) -> Tensor:
+def supervised_loss(vectors: Tensor, compared: Tensor, temperature: float = 0.02, matryoshka: tuple[int, ...] = ()) -> Tensor:
     """InfoNCE of B queries among N candidates: the mean over whole vectors and over their first `matryoshka` numbers
-    (arXiv 2205.13147), which so become usable alone.
+    (arXiv 2205.13147), which thus become usable on their own.
 
     Args:
         vectors: (B + N, C) float32, as `flatten` orders the texts.
-        counted: (B, N) bool, from `count_candidates`.
+        compared: (B, N) bool, from `candidate_mask`.
     """
-    queries, candidates = vectors.split(counted.shape)
+    queries, candidates = vectors.split(compared.shape)  # (B, C), (N, C)
     sizes = [*matryoshka, vectors.shape[1]]
-    losses = [info_nce(queries[:, :size], candidates[:, :size], temperature, counted) for size in sizes]
+    losses = [info_nce(queries[:, :size], candidates[:, :size], temperature, compared) for size in sizes]
     return torch.stack(losses).mean()
 
 
 def share_out(lengths: list[int]) -> tuple[np.ndarray, np.ndarray]:
-    """The texts of a batch dealt to the processes, longest first, so that all have as many and like lengths meet.
+    """Deals a batch's texts to the processes, longest first: equally many each, of like lengths.
 
     Returns:
-        Numbers of the texts that this process encodes, and each text's place among the vectors of all processes.
+        Indices of the texts that this process encodes, and each text's place among the gathered vectors.
     """
     order = np.argsort(-np.array(lengths), kind="stable")
-    dealt = np.resize(order, (-(-len(order) // world_size()), world_size())).T  # the last few may repeat the first
+    # where they cannot be shared equally, the first few once more
+    dealt = np.resize(order, (-(-len(order) // world_size()), world_size())).T
     places = np.empty(len(order), dtype=np.int64)
     places[dealt.ravel()] = np.arange(dealt.size)
     return dealt[rank()], places
@@ -95,24 +96,25 @@ def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float, max_le
         vectors = l2v.encode(l2v.tokenize(flatten(rows), max_length=max_length), normalize=True)
         cosines = np.einsum("nc,nc->n", vectors[owners(rows)], vectors[len(rows) :])  # of every candidate with its query
         agreed = to_device(torch.from_numpy(cosines), l2v.device)
-        synchronize([agreed])  # one rounding in another process, and their batches would no longer be of one size
+        synchronize([agreed])  # rounded otherwise, another process might keep other negatives
         cosines = agreed.cpu().numpy()
-        negatives = iter(cosines[len(rows) :])
-        for t, positive in zip(rows, cosines, strict=False):
-            kept.append(t._replace(negatives=tuple(text for text in t.negatives if next(negatives) <= share * positive)))
+        positives, negatives = cosines[: len(rows)], iter(cosines[len(rows) :])  # in the order of `flatten`
+        for t, positive in zip(rows, positives, strict=True):
+            own = [(text, next(negatives)) for text in t.negatives]
+            kept.append(t._replace(negatives=tuple(text for text, cosine in own if cosine <= share * positive)))
     return kept
 
 
 def explain(l2v: LLM2Vec, batch: list[Triplet], settings: Settings) -> str:
     """A batch in words: one triplet and how alike its texts are to the model, how many negatives, and the loss of guessing."""
     rows = [t._replace(negatives=tuple(text for text in t.negatives if text != t.query)[:1]) for t in batch[:32]]
-    t = max(rows, key=lambda t: len(t.negatives))  # one with a negative that counts, if there is
+    t = max(rows, key=lambda t: len(t.negatives))  # one with a negative that counts, if there is one
     shown = [("query", t.query), ("positive", t.positive), *(("negative", text) for text in t.negatives)]
     vectors = l2v.encode(l2v.tokenize(flatten([t]), max_length=settings.max_length), normalize=True)
     lines = [f"instruction of {'all texts' if t.symmetric else 'the query'}: {t.instruction}"] if t.instruction else []
     for (name, text), vector in zip(shown, vectors, strict=False):
         lines.append(f"{name:<9} cosine {vectors[0] @ vector:.3f}  {text[:200]}")
-    candidates = count_candidates(batch, settings.in_batch_negatives).sum(dim=1)
+    candidates = candidate_mask(batch, settings.in_batch_negatives).sum(dim=1)
     low, high = int(candidates.min()) - 1, int(candidates.max()) - 1
     lines.append(f"negatives of a query: {low if low == high else f'{low} to {high}'}")
     if settings.in_batch_negatives:
@@ -158,6 +160,7 @@ def train_supervised(
         after = filter_negatives(l2v, before, settings.filter_negatives, settings.max_length)
         for i, triplet in zip(drawn, after, strict=True):
             triplets[i] = triplet
+        # the drawn triplets of each data set, one of which may have no negative left
         ends = np.cumsum([len(data.triplets) for data in sets])
         for data, rows in zip(sets, np.split(drawn, np.searchsorted(drawn, ends[:-1])), strict=True):
             if len(rows):
@@ -175,7 +178,7 @@ def train_supervised(
     for step in loop:
         batch = [triplets[i] for i in order[step]]  # that of all processes
         encoded = l2v.tokenize(flatten(batch), max_length=settings.max_length)
-        counted = to_device(count_candidates(batch, settings.in_batch_negatives), l2v.device)
+        compared = to_device(candidate_mask(batch, settings.in_batch_negatives), l2v.device)
         mine, where = share_out([len(row.ids) for row in encoded])
         places = to_device(torch.from_numpy(where), l2v.device)
         size = settings.micro_batch_size or len(mine)
@@ -186,7 +189,7 @@ def train_supervised(
             return pool(*l2v.states(parts[part]), l2v.pooling)  # (n, C)
 
         def loss_of(vectors: Tensor) -> Tensor:
-            return supervised_loss(vectors[places], counted, settings.temperature, settings.matryoshka)
+            return supervised_loss(vectors[places], compared, settings.temperature, settings.matryoshka)
 
         loss = backward(embed, len(parts), loss_of)
         loop.update(loss, sum(len(row.ids) for row in encoded))

@@ -130,7 +130,7 @@ def test_bad_input(model_folder, tmp_path, monkeypatch):
     with pytest.raises(ValueError, match="--shard spreads the base over several processes, found one"):
         train.main([*flags, "--shard", "--output", str(tmp_path / "run")])
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="--batch-size is 8, which 3 processes do not divide evenly"):
+    with pytest.raises(ValueError, match="--batch-size is 8, which 3 processes cannot share evenly"):
         train.main([*flags, "--dry-run"])
 
 

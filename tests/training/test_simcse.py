@@ -11,7 +11,7 @@ from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
 from llm2vec_min.training import simcse
 from llm2vec_min.training.settings import Settings
-from llm2vec_min.training.simcse import backward, different, embed_twins, explain, info_nce, tokenize, train_simcse
+from llm2vec_min.training.simcse import backward, embed_twins, explain, info_nce, tokenize, train_simcse, twin_mask
 
 
 def by_hand(queries, candidates, temperature):
@@ -86,18 +86,18 @@ def test_explanation(l2v):
 
 def test_equal_sentences_are_not_negatives(l2v, monkeypatch):
     """In a batch of a, a, b the query a is compared with its twin and b's, not with the other a's."""
-    counted = torch.from_numpy(different(np.array([7, 7, 2])))
-    assert counted.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
+    compared = torch.from_numpy(twin_mask(np.array([7, 7, 2])))
+    assert compared.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
     a, b = torch.randn(3, 8), torch.randn(3, 8)
     expected = np.mean(
         [by_hand(a[[0]], b[[0, 2]], 0.05), by_hand(a[[1]], b[[1, 2]], 0.05), by_hand(a[[2]], b[[2, 0, 1]], 0.05)]
     )
-    assert info_nce(a, b, 0.05, counted).item() == pytest.approx(expected, rel=1e-5)
+    assert info_nce(a, b, 0.05, compared).item() == pytest.approx(expected, rel=1e-5)
     seen = []
 
-    def spy(queries, candidates, temperature, counted=None):
-        seen.append(counted)
-        return info_nce(queries, candidates, temperature, counted)
+    def spy(queries, candidates, temperature, compared=None):
+        seen.append(compared)
+        return info_nce(queries, candidates, temperature, compared)
 
     monkeypatch.setattr("llm2vec_min.training.simcse.info_nce", spy)
     settings = Settings(steps=1, batch_size=4, max_length=16)

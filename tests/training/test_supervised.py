@@ -17,7 +17,7 @@ from llm2vec_min.lora import add_lora
 from llm2vec_min.training import supervised
 from llm2vec_min.training.loop import trainable_parameters
 from llm2vec_min.training.settings import Settings
-from llm2vec_min.training.supervised import count_candidates, explain, filter_negatives, flatten, share_out, supervised_loss
+from llm2vec_min.training.supervised import candidate_mask, explain, filter_negatives, flatten, share_out, supervised_loss
 from llm2vec_min.training.triplets import DataSet, Triplet, draw, read_triplets
 
 PLAIN = [Triplet("q0", "p0", ("n0",)), Triplet("q1", "p1", ("n1",)), Triplet("q2", "p2", ("n2",))]
@@ -67,10 +67,10 @@ def by_hand(triplets, temperature=0.02, in_batch=True, size=16) -> tuple[float, 
 def test_loss_by_hand(case, in_batch):
     triplets = CASES[case]
     vectors = torch.from_numpy(np.stack([vector_of(text) for _, text in flatten(triplets)])).float()
-    counted = count_candidates(triplets, in_batch)
+    compared = candidate_mask(triplets, in_batch)
     expected, negatives = by_hand(triplets, in_batch=in_batch)
-    assert (counted.sum(dim=1) - 1).tolist() == negatives
-    assert supervised_loss(vectors, counted).item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
+    assert (compared.sum(dim=1) - 1).tolist() == negatives
+    assert supervised_loss(vectors, compared).item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
 def test_what_the_cases_hold():
@@ -88,12 +88,12 @@ def test_what_the_cases_hold():
 def test_matryoshka_is_the_mean_over_sizes():
     vectors = torch.from_numpy(np.stack([vector_of(text) for _, text in flatten(PLAIN)])).float()
     expected = np.mean([by_hand(PLAIN, 0.1, size=size)[0] for size in (2, 8, 16)])
-    assert supervised_loss(vectors, count_candidates(PLAIN), 0.1, (2, 8)).item() == pytest.approx(expected, rel=1e-4)
+    assert supervised_loss(vectors, candidate_mask(PLAIN), 0.1, (2, 8)).item() == pytest.approx(expected, rel=1e-4)
 
 
 def test_useless_vectors_lose_what_guessing_loses():
     triplets = CASES["several positives of a query"]
-    loss = supervised_loss(torch.ones(3 + 6, 4), count_candidates(triplets))
+    loss = supervised_loss(torch.ones(3 + 6, 4), candidate_mask(triplets))
     assert loss.item() == pytest.approx((2 * math.log(5) + math.log(6)) / 3, rel=1e-6)
 
 
@@ -218,8 +218,8 @@ def test_filter_reads_as_far_as_training_does(l2v):
 
 
 def test_filter_in_training_is_said_and_used(l2v, capsys, monkeypatch):
-    batches, count = [], supervised.count_candidates
-    monkeypatch.setattr(supervised, "count_candidates", lambda batch, *more: batches.append(batch) or count(batch, *more))
+    batches, count = [], supervised.candidate_mask
+    monkeypatch.setattr(supervised, "candidate_mask", lambda batch, *more: batches.append(batch) or count(batch, *more))
     triplets = [Triplet(f"{i} cats", f"{i} dogs", (f"{i} cats", "what?")) for i in range(8)]
     settings = Settings(steps=1, batch_size=8, max_length=32, filter_negatives=1.01)
     loop = supervised.train_supervised(l2v, [DataSet("some", triplets)], settings)
