@@ -2,13 +2,13 @@
 
 Here, in reading order, is the model, from a name and a text to a vector:
     config      what a model is, and the paper's recipe for each
-    model       the decoder and its one toggle, causal or bidirectional
+    model       the decoder, causal or bidirectional
     lora        the adapter that is trained
     tokenizer   text to ids, and which tokens are pooled
     pooling     token states to one vector
     weights     safetensors in and out
     encoder     LLM2Vec: load, encode, save
-Beside them hub (names), data (text files), device, fast, files, cli. Then three rooms: training (from a batch to an adapter),
+Beside them hub (names), data (text files), device, fast, files, cli. Then three folders: training (from a batch to an adapter),
 evaluation (from vectors to numbers), interop (other libraries).
 """
 
