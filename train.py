@@ -103,6 +103,12 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, argum
     )
 
 
+def often(what: str, count: int, settings: Settings) -> str:
+    """In words, how much there is to train on, and how much of it a run reads."""
+    epochs = settings.steps * settings.batch_size / count
+    return f"{count:,} {what}: {settings.steps:,} steps of {settings.batch_size} are {epochs:.3g} epochs"
+
+
 def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, arguments: dict, device: torch.device) -> None:
     """MNTP, SimCSE or supervised: base and earlier adapters merged, a fresh adapter trained and saved."""
     if args.stage == "mntp":
@@ -116,6 +122,7 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         draw(sets, settings)  # refuses what cannot be trained on
         if rank() == 0:
             print(", ".join(f"{name}: {len(triplets):,} triplets" for name, triplets, _ in sets))
+            print(often("triplets", sum(len(data.triplets) for data in sets), settings))
             if equal:
                 print(f"{equal:,} negatives equal a positive of their query: left out")
     l2v = LLM2Vec.from_pretrained(
@@ -155,8 +162,12 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         blocks = pack_blocks(l2v.tokenizer, train_lines, args.max_length, "--data")
         held_out = pack_blocks(l2v.tokenizer, held_lines, args.max_length, "every 20th line of --data, held out,")
         some = np.linspace(0, len(held_out) - 1, min(len(held_out), HELD_OUT)).astype(int)  # spread over every file
+        if rank() == 0:
+            print(often(f"blocks of {args.max_length} tokens", len(blocks), settings))
         train_mntp(l2v, blocks, held_out[some], settings, work, **options)
     elif args.stage == "simcse":
+        if rank() == 0:
+            print(often("sentences", len(train_lines), settings))
         train_simcse(l2v, train_lines, settings, work, **options)
     elif args.stage == "supervised":
         train_supervised(l2v, sets, settings, work, **options)

@@ -18,6 +18,7 @@ import train
 from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
+from llm2vec_min.data import read_lines
 from llm2vec_min.files import locked
 from llm2vec_min.hub import find_preset
 from llm2vec_min.interop import export
@@ -81,7 +82,8 @@ def test_examples_are_printed(files, model_folder, capsys):
     train.main(["--stage", "mntp", "--output", str(files / "x"), "--max-length", "16", *common])
     assert "predicts position" in capsys.readouterr().out
     train.main(["--stage", "simcse", "--output", str(files / "x"), *common])
-    assert "cosine of A and B" in capsys.readouterr().out
+    out, count = capsys.readouterr().out, len(read_lines([files / "text.txt"]))
+    assert "cosine of A and B" in out and f"{count} sentences: 3 steps of 4 are {12 / count:.3g} epochs" in out
 
 
 def test_embed_table_and_file(runs, files, capsys):
