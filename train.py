@@ -122,9 +122,9 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
         draw(sets, settings)  # refuses what cannot be trained on
         if rank() == 0:
             print(", ".join(f"{name}: {len(triplets):,} triplets" for name, triplets, _ in sets))
-            print(often("triplets", sum(len(data.triplets) for data in sets), settings))
             if equal:
                 print(f"{equal:,} negatives equal a positive of their query: left out")
+            print(often("triplets", sum(len(data.triplets) for data in sets), settings))
     l2v = LLM2Vec.from_pretrained(
         args.model,
         adapters=args.adapter,

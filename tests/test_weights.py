@@ -182,7 +182,7 @@ def test_an_adapter_that_is_not_finite_or_lacks_what_it_says_it_has(reference, t
     save_adapter(tmp_path, *adapter_of(decoder, "some/base"))
     load()
     file = tmp_path / "adapter_model.safetensors"
-    whole = safetensors.torch.load_file(file)
+    whole = safetensors.torch.load(file.read_bytes())  # not mapped, since the file is written over
     safetensors.torch.save_file({name: t for name, t in whole.items() if "q_proj" not in name}, file)
     with pytest.raises(
         ValueError, match="missing: layers.0.self_attn.q_proj, layers.1.self_attn.q_proj, layers.2.self_attn.q_proj$"
@@ -567,7 +567,7 @@ def test_an_old_adapter_says_how_to_convert_it(reference, tmp_path):
 def test_an_old_checkpoints_rotary_buffers_are_passed_over(reference, tmp_path):
     _, folder = reference("llama")
     shutil.copytree(folder, tmp_path, dirs_exist_ok=True)
-    state = safetensors.torch.load_file(tmp_path / "model.safetensors")
+    state = safetensors.torch.load_file(folder / "model.safetensors")  # not tmp_path's, which is written over
     state |= {f"model.layers.{i}.self_attn.rotary_emb.inv_freq": torch.ones(8) for i in range(3)}
     safetensors.torch.save_file(state, tmp_path / "model.safetensors")
     assert torch.equal(load_decoder(tmp_path).norm.weight, state["model.norm.weight"])
