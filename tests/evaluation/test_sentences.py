@@ -19,6 +19,7 @@ import torch
 from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import evaluate, sentences, sts_score
 from llm2vec_min.evaluation.__main__ import main
+from llm2vec_min.evaluation.compare import resample
 
 ANIMALS = ["a cat sleeps", "the dog barks", "two horses run", "a bird sings", "the cow eats grass", "a fish swims"]
 MONEY = ["prices fell again", "the bank lends money", "taxes rise", "shares were sold", "the market closed", "a loan is paid"]
@@ -140,6 +141,17 @@ def test_kmeans_equals_scikit_learn():
     assert min(ours) == pytest.approx(best, rel=1e-3) and np.mean(ours) < 1.2 * best
     same = sentences.kmeans(torch.ones(5, 3), 3, generator)  # fewer different rows than clusters
     assert len(set(same.tolist())) == 1
+
+
+def test_clustering_resamples_the_seeds(l2v, monkeypatch):
+    """Five seeds of ten find the classes, five one cluster: rows say 50 in every resample, other seeds would say otherwise."""
+    gold = np.repeat([0, 1], 20)
+    runs = iter([gold] * 5 + [np.zeros(40, dtype=int)] * 5)
+    monkeypatch.setattr(sentences, "kmeans", lambda *_: torch.from_numpy(next(runs)))
+    data = {"labels": [str(label) for label in gold], "texts": [f"text {i}" for i in range(40)]}
+    value, draws = resample(sentences.score_clustering(l2v, data, None, None)["v_measure"])
+    assert value == 50 and draws.std() == pytest.approx(100 * 0.5 / 10**0.5, rel=0.1), "ten seeds, half of them right"
+    assert np.array_equal(draws, draws.round(-1)), "rows alone change nothing"
 
 
 def test_clustering(l2v, files):
