@@ -49,6 +49,8 @@ def pick_dtype(name: str | torch.dtype | None, device: torch.device) -> torch.dt
 def use_deterministic() -> None:
     """The same numbers in every run on a GPU too, some operations slower; one that cannot raises. Before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # for --compile: no choice by what was faster this time
+    os.environ.setdefault("TORCHINDUCTOR_SHAPE_PADDING", "0")
     torch.use_deterministic_algorithms(True)
 
 

@@ -5,15 +5,21 @@ from __future__ import annotations
 
 import functools
 import shutil
+import sysconfig
 from collections.abc import Callable
 from importlib.util import find_spec
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 # what torch.compile needs on CUDA
-CAN_COMPILE = find_spec("triton") is not None and any(map(shutil.which, ("cc", "gcc", "clang")))
+CAN_COMPILE = (
+    find_spec("triton") is not None
+    and any(map(shutil.which, ("gcc", "clang")))
+    and Path(sysconfig.get_path("include"), "Python.h").is_file()
+)
 
 
 def fused(function: Callable) -> Callable:
@@ -27,6 +33,7 @@ def fused(function: Callable) -> Callable:
             return function(x, *others)
         if compiled is None:  # on first use: to import the compiler takes seconds
             compiled = torch.compile(function, dynamic=True)
+            torch._dynamo.config.error_on_nested_fx_trace = False  # else, in torch 2.9, a second thread fails meanwhile
         return compiled(x, *others)
 
     return run

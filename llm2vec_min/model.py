@@ -125,7 +125,8 @@ def attend(
     # where torch's CPU kernel is slow to train through, with dropout or in bfloat16 on short rows: written out below
     by_hand = training and q.device.type == "cpu" and (noise > 0 or q.dtype == torch.bfloat16 and T <= SHORT)
     if not by_hand:
-        if mask is not None and H != K:  # a GPU's fast kernel for masks wants as many key heads as query heads
+        # a GPU's fast kernels for masks, and for float32, want as many key heads as query heads
+        if H != K and (mask is not None or q.is_cuda and q.dtype == torch.float32):
             k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
         # a mask that is given already says which direction is visible
         return F.scaled_dot_product_attention(

@@ -18,6 +18,7 @@ from build_vectors import ENCODERS, FILE, TEXTS
 from conftest import VARIANTS, random_batch, run_reference
 from llm2vec_min import LLM2Vec
 from llm2vec_min.device import pick_device
+from llm2vec_min.fast import CAN_COMPILE
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import attend, attention_mask, compile_layers, rotate, set_attention_dropout, swiglu
 from llm2vec_min.training.simcse import embed_twins, info_nce
@@ -84,6 +85,8 @@ def test_a_fast_attention_kernel_runs(gpu, K, noise, causal, padded, dtype):
     ("function", "shapes"), [(rotate, [(2, 9, 4, 16), (9, 1, 16), (9, 1, 16)]), (swiglu, [(2, 9, 112)] * 2)]
 )
 def test_one_kernel_computes_the_same(gpu, function, shapes):
+    if not CAN_COMPILE:
+        pytest.skip("no compiler here, so this is the plain version")
     inputs = [torch.randn(shape, device=gpu) for shape in shapes]
     torch.testing.assert_close(function(*inputs), function.__wrapped__(*inputs), rtol=1e-5, atol=1e-5)
 

@@ -95,7 +95,7 @@ def word_states(l2v: LLM2Vec, sentences: list[list[str]], layers: list[int]) -> 
     states = {(layer, left): torch.zeros(first, l2v.decoder.config.hidden_size) for layer in layers for left in (False, True)}
     counts = torch.zeros(first, 1)
     lengths = [len(row.ids) for row in encoded]
-    for rows in sorted_batches(lengths, len(lengths), l2v.max_tokens):
+    for rows in sorted_batches(lengths, len(lengths), l2v.max_tokens // 8):  # the states of all layers are held at once
         batch = l2v.tokenizer.collate([encoded[i] for i in rows], l2v.device)
         hidden = l2v.decoder(batch.input_ids, batch.padding_mask, causal=l2v.causal, all_layers=True)
         pad = [batch.input_ids.shape[1] - lengths[i] for i in rows]

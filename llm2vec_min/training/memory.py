@@ -175,8 +175,8 @@ def fit(config: ModelConfig, settings: Settings, stage: str, free: float, said: 
     ways = [replace(settings, micro_batch_size=size, gradient_checkpointing=kind) for size in sizes for kind in kinds]
     plans = [plan(config, way, stage, **machine) for way in ways]
     smallest = min(p.peak for p in plans)
-    costs = [
-        (sum(p.operations.values()), -(way.micro_batch_size or share), i)
+    costs = [  # without the logits: to compute them twice costs less than to take smaller pieces
+        (sum(n for name, n in p.operations.items() if name != "logits"), -(way.micro_batch_size or share), i)
         for i, (p, way) in enumerate(zip(plans, ways, strict=True))
         if p.peak <= max(0.9 * free, smallest)
     ]
@@ -219,7 +219,9 @@ def free_memory(device: torch.device) -> int:
 def is_out_of_memory(error: RuntimeError) -> bool:
     """A GPU's, or the CPU's, whose kind torch does not name."""
     return (
-        isinstance(error, torch.OutOfMemoryError) or "not enough memory" in str(error) or "can't allocate memory" in str(error)
+        isinstance(error, torch.OutOfMemoryError)
+        or any(words in str(error) for words in ("out of memory", "not enough memory", "can't allocate memory"))
+        or "CUBLAS_STATUS_ALLOC_FAILED" in str(error)
     )
 
 

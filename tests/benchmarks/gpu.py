@@ -31,7 +31,8 @@ from speed import Libraries, Ours, make_texts, synchronize
 
 from llm2vec_min import LLM2Vec, ModelConfig
 from llm2vec_min.config import PRESETS
-from llm2vec_min.model import Decoder, compile_layers, init_weights, set_attention_dropout
+from llm2vec_min.device import pick_device
+from llm2vec_min.model import Decoder, compile_layers, init_weights
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import memory
 from llm2vec_min.training.mntp import mask_tokens
@@ -70,6 +71,7 @@ class RandomOurs(Ours):
             lm_head.weight = decoder.embed_tokens.weight
         self.l2v = LLM2Vec(decoder.requires_grad_(False), Tokenizer(TINY)).eval()
         self.l2v.lm_head = lm_head.requires_grad_(False)
+        pick_device(str(device))  # without cuDNN's attention, as in train.py and embed.py
         self.device, decoder.gradient_checkpointing = device, checkpointing
 
     def encode(self, texts):
@@ -77,7 +79,7 @@ class RandomOurs(Ours):
 
     def simcse_cached(self, texts, micro_batch_size):
         """GradCache."""
-        set_attention_dropout(self.l2v.decoder, 0.3)
+        self.set_dropout(0.3)
         encoded = self.l2v.tokenizer.encode(texts, max_length=128)
         parts = [encoded[i : i + micro_batch_size] for i in range(0, len(encoded), micro_batch_size)]
 
@@ -86,7 +88,7 @@ class RandomOurs(Ours):
             return torch.stack(embed_twins(self.l2v, parts[part]), dim=1)
 
         backward(embed, len(parts), lambda twins: info_nce(twins[:, 0], twins[:, 1], 0.05))
-        set_attention_dropout(self.l2v.decoder, 0.0)
+        self.set_dropout(0.0)
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
 
@@ -100,6 +102,7 @@ class RandomLibraries(Libraries):
             self.model = transformers.AutoModelForCausalLM.from_config(
                 config, dtype=torch.bfloat16, attn_implementation="sdpa"
             ).eval()
+        torch.backends.cuda.enable_cudnn_sdp(True)  # torch's own choice
         self.device, self.checkpointing = device, checkpointing
 
     @torch.no_grad()
@@ -179,6 +182,7 @@ def timed(task, side) -> float | None:
             raise
     if hasattr(side, "optimizer"):
         side.optimizer.zero_grad(set_to_none=True)
+        side.set_dropout(0.0)  # which the step did not come to
     free(side.device)
     return None
 
@@ -187,9 +191,9 @@ def peak_of(task, side) -> float:
     """Peak bytes of one task with the side's weights; the side is alone."""
     parameters = side.l2v.parameters() if hasattr(side, "l2v") else side.model.parameters()
     if side.device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats()
+        torch.cuda.reset_peak_memory_stats(side.device)
         task(side)
-        return torch.cuda.max_memory_allocated()
+        return torch.cuda.max_memory_allocated(side.device)
     parameters = list({p.data_ptr(): p for p in parameters}.values())
     state = [t for s in side.optimizer.state.values() for t in s.values()] if hasattr(side, "optimizer") else []
     with PeakMemory([*parameters, *state]) as counted:
@@ -235,7 +239,11 @@ def compare(name: str, args, device: torch.device, rate: float, write) -> None:
         return
     tasks = {
         f"encode {len(texts)} texts": (lambda s: s.encode(texts), 0, None),
-        f"MNTP {B} x {T}": (lambda s: s.mntp(masked_ids.to(device), labels.to(device)), B * T, "mntp"),
+        f"MNTP {B} x {T}": (
+            lambda s: s.mntp(masked_ids.to(device), labels.to(device) if isinstance(s, Libraries) else labels),
+            B * T,
+            "mntp",
+        ),
         f"SimCSE {len(sentences)} twins": (lambda s: s.simcse(sentences), 2 * sum(lengths), "simcse"),
     }
     tasks = {label: task for label, task in tasks.items() if (task[2] or "encode") in args.tasks}
@@ -282,7 +290,8 @@ def growth(name: str, args, device: torch.device, rate: float, write) -> None:
         side.simcse(make_texts(4, 20, 100))  # the optimizer's moments come with the first step
         for batch in sorted({max(args.batch // 4, 1), few, args.batch}):
             ids = torch.randint(1000, 4000, (batch, args.length))
-            pair = [t.to(device) for t in mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000)]
+            masked_ids, labels = mask_tokens(ids, mask_id=5, special_ids=set(), vocab_size=4000)
+            pair = masked_ids.to(device), labels  # these on the CPU, as in train.py
             sentences = make_texts(4 * batch, 20, 100)
             lengths = [len(row.ids) for row in side.l2v.tokenizer.encode(sentences, max_length=128)]
             twins = dict(tokens=2 * sum(lengths), batch_size=4 * batch, max_length=max(lengths))
@@ -297,6 +306,7 @@ def growth(name: str, args, device: torch.device, rate: float, write) -> None:
                 expected = theory(config, stage, device, rate, 1.0, gradient_checkpointing=checkpointing, **settings)
                 held = sum(p.numel() * p.element_size() for p in side.l2v.parameters())
                 seconds = None
+                free(device)  # what is cached counts as used
                 if expected["predicted_gb"] * 1e9 < room(device) + held and timed(task, side):
                     peak, seconds = peak_of(task, side), timed(task, side)
                 if seconds is None:

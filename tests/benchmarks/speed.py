@@ -58,11 +58,14 @@ class Ours:
     def mntp(self, masked_ids, labels):
         return self.finish(mntp_loss(self.l2v.decoder, self.l2v.lm_head, masked_ids, labels))
 
+    def set_dropout(self, probability):
+        set_attention_dropout(self.l2v.decoder, probability)
+
     def simcse(self, texts):
-        set_attention_dropout(self.l2v.decoder, ATTENTION_DROPOUT)
+        self.set_dropout(ATTENTION_DROPOUT)
         first, second = embed_twins(self.l2v, self.l2v.tokenizer.encode(texts, max_length=128))
         loss = self.finish(info_nce(first, second, TEMPERATURE))  # checkpointing draws the noise again
-        set_attention_dropout(self.l2v.decoder, 0.0)
+        self.set_dropout(0.0)
         return loss
 
     def encode(self, texts):

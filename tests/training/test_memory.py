@@ -165,7 +165,8 @@ def test_the_fastest_way_that_fits():
     assert plan(config, on_80, "mntp").peak < 72e9 < plan(config, twice, "mntp").peak
     assert on_16.gradient_checkpointing and plan(config, on_16, "mntp").peak < 0.9 * 17e9
     assert on_2.gradient_checkpointing and on_2.micro_batch_size == 1
-    assert not fit(small, settings, "mntp", 80e9).gradient_checkpointing
+    whole = fit(small, settings, "mntp", 80e9)
+    assert not whole.gradient_checkpointing and whole.micro_batch_size == 0, "its logits twice, rather than two passes"
     twins = Settings(batch_size=128, max_length=128)
     chosen = fit(small, twins, "simcse", 80e9)  # GradCache and checkpointing cost the same; one of them is enough
     assert bool(chosen.micro_batch_size) + chosen.gradient_checkpointing == 1
