@@ -24,7 +24,7 @@ from ..cli import add_model_flags, run
 from ..encoder import LLM2Vec, find_chain
 from ..files import write_json
 from ..pooling import POOLING_MODES
-from .compare import KINDS, measure, plot, read_tasks, report, rungs, table
+from .compare import KINDS, legend, measure, plot, read_tasks, report, rungs, table
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -107,6 +107,7 @@ def main(argv: list[str]) -> None:
             single = {task: result["models"][name][task] for task in tasks}
             write_json(args.json, result if args.compare or args.ladder else single)
     print(table(result))
+    print(legend(result, args.limit))
     if args.plot:
         plot(result, args.plot)
 

@@ -2,10 +2,13 @@
 
 A score is computed again on 1,000 resamples of its test rows (bootstrap). Rows that depend on each other, such as pairs
 that share an anchor, are drawn together. All encoders are scored on the same resamples, so that a difference between
-two of them is tested pair by pair: what is hard for both does not count. The tasks' own randomness (k-means' ten seeds)
-and a training run's are not in the intervals: for these, train with several seeds. Such intervals are a little too narrow for
-few rows (of 10, p < 0.05 comes up by chance in 9 to 10 % of cases, of 30 in 6 %), and where only k rows differ between two
-encoders, all in one's favour, p is about 2 e^-k, less than the 2^(1-k) of an exact sign test.
+two of them is tested pair by pair: what is hard for both does not count.
+
+What is not in the intervals: a training run's randomness (train with several seeds), a classifier's training rows, and that
+k-means is fitted to the very rows it is scored on. They are too narrow for few rows (of 10, p < 0.05 comes up by chance in 9 to
+10 % of cases, of 30 in 6 %), few positives (of 60 rows with 6, in 11 %), few rows that differ between two encoders (where 4
+do, in 13 %), and near 0 or 100 (of 240 rows at 99 %, 90 % are covered; where all are right the width is zero). A table of
+ten tests has a false sign more often than one in three times.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
 """
 
@@ -189,7 +192,7 @@ def rungs(run: str) -> dict[str, dict]:
 
 
 def mean_row(measured: Measured) -> tuple[float, np.ndarray]:
-    """Mean over the tasks of each one's first metric, with its resamples (tasks are independent of each other); one task
+    """Mean over the tasks of each one's first metric, with its resamples (tasks count as independent of each other); one task
     of fewer than FEWEST rows leaves it without an interval."""
     firsts = [next(iter(metrics.values())) for metrics in measured.values()]
     return float(np.mean([value for value, _ in firsts])), np.mean([draws for _, draws in firsts], axis=0)
@@ -236,6 +239,19 @@ def table(result: dict) -> str:
                 number += "" if s["low"] is None else f" [{s['low']:.1f}, {s['high']:.1f}]"
                 cells.append(number + signs.get((model, task, metric), ""))
             lines.append(f"| {names[task]} | {metric} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def legend(result: dict, limit: int | None = None) -> str:
+    """What the signs and numbers of `table` mean, as lines."""
+    lines = [
+        "",
+        f"[...]: 95 % over other test rows{f', at most {limit} of a task' if limit else ''}; not over other training runs",
+    ]
+    if result["steps"]:
+        lines.append("▲ ▼: better or worse than the column to the left, p < 0.05, paired; one in twenty by chance alone")
+    if any("mean" in tasks for tasks in result["models"].values()):
+        lines.append("mean: of each task's first metric")
     return "\n".join(lines)
 
 

@@ -193,7 +193,8 @@ def test_ladder(runs, tmp_path, capsys):
         assert out["models"][name][task]["spearman"]["value"] == pytest.approx(expected, abs=1e-6), name
     assert [(s["from"], s["to"]) for s in out["steps"]] == list(zip(list(direct)[:-1], list(direct)[1:], strict=True))
     assert all({"difference", "low", "high", "p", "task", "metric"} <= step.keys() for step in out["steps"])
-    assert "| sts p | spearman |" in capsys.readouterr().out
+    out = capsys.readouterr().out
+    assert "| sts p | spearman |" in out and "▲ ▼: better or worse" in out and "mean: of" not in out, "one task has no mean"
     assert (tmp_path / "o.png").read_bytes().startswith(b"\x89PNG")
 
 
