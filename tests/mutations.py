@@ -185,6 +185,7 @@ MUTATIONS = [
     (f"{P}/training/simcse.py", "with torch.set_grad_enabled(parts == 1):", "with torch.set_grad_enabled(True):", SI),
     (f"{P}/training/loop.py", "self.stopped = stop > 0", "self.stopped = self.stopping", LO),
     (f"{P}/evaluation/sentences.py", "permutation(count)[:limit])", "permutation(min(count, limit or count)))", "tests/evaluation/test_sentences.py"),
+    (f"{P}/evaluation/sentences.py", "runs = np.random.default_rng(rows).integers(0, 10, 10)", "pass", "tests/evaluation/test_sentences.py"),
     (f"{P}/evaluation/compare.py", "np.nanquantile(draws, [0.025, 0.975])", "np.nanquantile(draws, [0.05, 0.95])", "tests/evaluation/test_compare.py"),
     ("embed.py", "        causal=args.causal,\n", "", "tests/test_arguments.py"),
     (f"{P}/interop/export.py", "        normalize=args.normalize,\n", "", "tests/test_arguments.py"),
