@@ -89,3 +89,14 @@ def test_an_encoder_whose_package_is_missing_is_one_line(monkeypatch, capsys):
     assert list(loaded) == list(vectors) == ["two numbers"] and "xllamacpp" in skipped["llama.cpp"]
     assert capsys.readouterr().out.splitlines()[0].startswith("skipped llama.cpp: ")
     assert len(encoders.in_turns(loaded, ["a"], 2)["two numbers"]) == 2
+
+
+def test_intervals_of_simulated_sets(tmp_path, capsys):
+    import intervals
+
+    intervals.plain(2)
+    path = tmp_path / "labelled.tsv"
+    path.write_text("".join(f"{i % 2}\ttext {i} about {'cats' if i % 2 else 'oil prices'}\n" for i in range(40)))
+    intervals.clustering(str(path), 1, 40)
+    out = capsys.readouterr().out
+    assert "mean of 30 rows: wrong " in out and "1 sets: rows and seeds resampled: wrong " in out
