@@ -5,10 +5,10 @@ that share an anchor, are drawn together. All encoders are scored on the same re
 two of them is tested pair by pair: what is hard for both does not count.
 
 What is not in the intervals: a training run's randomness (train with several seeds), a classifier's training rows, and that
-k-means is fitted to the very rows it is scored on. They are too narrow for few rows (of 10, p < 0.05 comes up by chance in 9 to
-10 % of cases, of 30 in 6 %), few positives (of 60 rows with 6, in 11 %), few rows that differ between two encoders (where 4
-do, in 13 %), and near 0 or 100 (of 240 rows at 99 %, 90 % are covered; where all are right the width is zero). A table of
-ten tests has a false sign more often than one in three times.
+k-means is fitted to the very rows it is scored on. They are too narrow for few rows (of 10, p < 0.05 comes up by chance in about
+a tenth of cases, of 30 in 6 to 10 %; `tests/benchmarks/intervals.py`), where all but a few rows are equal for both encoders, and
+near 0 or 100 (where all rows are right the width is zero). A table of ten tests has a false sign more often than one in three
+times.
 Source: Efron and Tibshirani, An Introduction to the Bootstrap, 1993.
 """
 
