@@ -10,6 +10,7 @@ from collections.abc import Callable
 from importlib.util import find_spec
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -40,14 +41,15 @@ def fused(function: Callable) -> Callable:
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """F.dropout, but three times as fast on the CPU, where random numbers are drawn one after the other: each 64-bit draw serves
-    four elements, so the probability is rounded to a multiple of 1 / 65536, never to 0 or 1."""
+    """F.dropout, but seven times as fast on the CPU, where random numbers are drawn one after the other: numpy draws them faster,
+    from a seed of torch's, and each 64 bits serve four elements, so the probability is rounded to a multiple of 1 / 65536, never to
+    0 or 1."""
     if not training or probability == 0:
         return x
-    if x.device.type != "cpu":
+    if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None)
-    draws = draws.view(torch.int16)[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
+    draws = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw((x.numel() + 3) // 4)
+    draws = torch.from_numpy(draws.view(np.int16))[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
     last = min(max(round(probability * 65536), 1), 65535) - 32769  # the highest draw that drops
     kept = draws.clamp_(last, last + 1).sub_(last)  # 0 or 1, in half the time of a comparison
     return x * kept.to(x.dtype).mul_(1 / (1 - probability))

@@ -105,7 +105,7 @@ def attention_mask(
 # ---- Attention, and the noise that SimCSE lives on ----
 
 
-SHORT = 128  # tokens: in bfloat16 on a CPU, rows up to this length train faster without torch's attention kernel
+SHORT = 256  # tokens: on a CPU, rows up to this length are faster without torch's attention kernel
 
 
 def attend(
@@ -122,8 +122,8 @@ def attend(
     """
     (B, H, T, D), K = q.shape, k.shape[1]
     noise = noise if training else 0.0
-    # where torch's CPU kernel is slow to train through, with dropout or in bfloat16 on short rows: written out below
-    by_hand = training and q.device.type == "cpu" and (noise > 0 or q.dtype == torch.bfloat16 and T <= SHORT)
+    # where torch's CPU kernel is slow, with dropout or on short rows: written out below
+    by_hand = q.device.type == "cpu" and (noise > 0 or T <= SHORT)
     if not by_hand:
         # a GPU's fast kernels for masks, and for float32, want as many key heads as query heads
         if H != K and (mask is not None or q.is_cuda and q.dtype == torch.float32):
@@ -135,11 +135,12 @@ def attend(
     if mask is None and causal:
         mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
     # the H / K query heads of one key head are rows of one product
-    scores = (q.reshape(B, K, H // K * T, D) @ k.transpose(-1, -2)).view(B, H, T, T).float() * D**-0.5
+    scores = q.reshape(B, K, H // K * T, D) @ (k * D**-0.5).transpose(-1, -2)  # (B, K, H / K * T, T)
     if mask is not None:
-        scores = scores.masked_fill(~mask, -torch.inf)
-    probabilities = dropout(scores.softmax(dim=-1).to(v.dtype), noise, True)
-    return (probabilities.view(B, K, H // K * T, T) @ v).view(B, H, T, D)
+        hiding = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)  # added, it costs no backward pass
+        scores += hiding if hiding.shape[2] == 1 else hiding.repeat(1, 1, H // K, 1)
+    probabilities = dropout(scores.softmax(dim=-1), noise, True)
+    return (probabilities @ v).view(B, H, T, D)
 
 
 # ---- The decoder, bottom up ----

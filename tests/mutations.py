@@ -35,6 +35,8 @@ MUTATIONS = [
     (f"{P}/model.py", "(ahead.abs() <= sliding_window)", "(ahead.abs() < sliding_window)", f"{M} {PR}"),
     (f"{P}/model.py", "(visible & padding_mask[:, None, None, :]) | (ahead == 0)", "visible & padding_mask[:, None, None, :]", f"{M} {PR}"),
     (f"{P}/model.py", "is_causal=causal and mask is None", "is_causal=mask is None", M),
+    (f"{P}/model.py", "(k * D**-0.5).transpose", "k.transpose", M),
+    (f"{P}/model.py", "hiding.repeat(1, 1, H // K, 1)", "hiding.repeat_interleave(H // K, dim=2)", M),
     (f"{P}/model.py", "return padding_mask[:, None, None, :]  # (B", "return None  # (B", M),
     (f"{P}/fast.py", "mul_(1 / (1 - probability))", "mul_(1.0)", f"{M} {SI}"),
     (f"{P}/model.py", "noise = noise if training else 0.0", "pass", f"{M} {SI}"),

@@ -65,6 +65,16 @@ class FusedSwiGLU(torch.autograd.Function):
         return gradient * up, gradient * gate
 
 
+def like_a_cpu(monkeypatch) -> None:
+    """Makes dropout do without numpy, whose draws cannot be pretended: it keeps its factors."""
+
+    def dropout(x, probability, training):
+        return x * torch.empty_like(x, requires_grad=False) if training and probability else x
+
+    monkeypatch.setattr("llm2vec_min.model.dropout", dropout)
+    monkeypatch.setattr("llm2vec_min.lora.dropout", dropout)
+
+
 def like_a_gpu(monkeypatch) -> None:
     """Makes pretended CPU tensors keep what the GPU's kernels keep: dropout one byte a number, the norm no copy, SwiGLU its
     inputs, attention no probabilities."""

@@ -12,6 +12,13 @@ from llm2vec_min.model import attention_mask, rotary_tables, rotate
 TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 
 
+@pytest.fixture(params=["by_hand", "kernel"])
+def attention(request, monkeypatch):
+    """As a CPU has it for short rows, and as a GPU for all, a CPU for long ones."""
+    if request.param == "kernel":
+        monkeypatch.setattr(ours, "SHORT", 0)
+
+
 @pytest.mark.parametrize("variant", ["llama", "llama-linear-rope", "llama-llama3-rope", "llama-head-dim"])
 def test_rotary(both, variant):
     theirs, mine = both(variant)
@@ -59,6 +66,7 @@ def test_norm(both):
     torch.testing.assert_close(mine.model.layers[0].input_layernorm(x), theirs.model.layers[0].input_layernorm(x))
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("variant", ["llama", "llama-biases", "llama-head-dim", "qwen2"])
 def test_attention_mlp_layer(both, variant):
     theirs, mine = both(variant)
@@ -73,6 +81,7 @@ def test_attention_mlp_layer(both, variant):
         torch.testing.assert_close(b(x, rope, None, True), expected, **TOLERANCE)
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("padding", [None, "left", "right"])
 @pytest.mark.parametrize("causal", [True, False], ids=["causal", "bidirectional"])
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -88,6 +97,7 @@ def test_logits_and_states(both, variant, causal, padding):
         torch.testing.assert_close(a[real], b[real], **TOLERANCE)
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("variant", ["llama-tied", "mistral-window", "llama-llama3-rope", "qwen2"])
 def test_gradients(both, variant, causal):
@@ -104,6 +114,7 @@ def test_gradients(both, variant, causal):
     theirs.zero_grad()
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("variant", ["llama", "mistral-window"])
 def test_batch_of_one_without_padding_is_bidirectional(both, variant):
     """The authors' code fell back to causal here; token 0 must see the last token."""
@@ -119,6 +130,7 @@ def test_batch_of_one_without_padding_is_bidirectional(both, variant):
     torch.testing.assert_close(mine(ids, causal=False), run_reference(theirs, ids, causal=False).logits, **TOLERANCE)
 
 
+@pytest.mark.usefixtures("attention")
 @pytest.mark.parametrize("causal", [True, False])
 @pytest.mark.parametrize("variant", ["llama", "mistral-window"])
 def test_padding_changes_nothing(both, variant, causal):
@@ -194,33 +206,47 @@ def test_gradient_checkpointing_and_dropout(both):
 
 @pytest.mark.parametrize("padding", [None, "left"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_attention_by_hand_is_torchs(causal, padding):
-    """The path that training with dropout takes on the CPU; almost no dropout, so that the two can be compared."""
+def test_attention_by_hand_is_torchs(causal, padding, monkeypatch):
+    """What a CPU does on short rows, and on all with dropout; almost none here, so that the two can be compared."""
     q, k, v = (torch.randn(3, heads, 11, 8) for heads in (4, 2, 2))
     mask = attention_mask(random_batch(padding=padding)[1], 11, causal=causal)
-    torch.manual_seed(0)
+    by_hand = ours.attend(q, k, v, mask, causal)
+    monkeypatch.setattr(ours, "SHORT", 0)
     expected = ours.attend(q, k, v, mask, causal)
+    torch.testing.assert_close(by_hand, expected, **TOLERANCE)
+    torch.manual_seed(0)
     torch.testing.assert_close(ours.attend(q, k, v, mask, causal, 1e-9, True), expected, **TOLERANCE)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("training", [True, False])
+def test_short_rows_do_without_torchs_kernel(training, dtype, monkeypatch):
+    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
+
+    def attend(T: int) -> None:
+        ours.attend(*(torch.randn(1, 2, T, 8, dtype=dtype) for _ in "qkv"), None, True, 0.0, training)
+
+    attend(ours.SHORT)
+    with pytest.raises(TypeError, match="not callable"):
+        attend(ours.SHORT + 1)
 
 
 @pytest.mark.parametrize("padding", [None, "right"])
 @pytest.mark.parametrize("causal", [True, False])
-def test_short_rows_in_bfloat16_train_by_hand(causal, padding, monkeypatch):
-    """To what torch's kernel gives in float64, with gradients, and without that kernel."""
+def test_attention_by_hand_in_bfloat16(causal, padding, monkeypatch):
+    """Gives what torch's kernel gives in float64, and its gradients."""
     mask = attention_mask(random_batch(padding=padding)[1], 11, causal=causal)
     tensors = [torch.randn(3, heads, 11, 8).bfloat16().requires_grad_() for heads in (4, 2, 2)]
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    expected = ours.attend(*exact, mask, causal, 0.3, False)
-    expected.square().sum().backward()
-    monkeypatch.setattr(F, "scaled_dot_product_attention", None)
     result = ours.attend(*tensors, mask, causal, 0.0, True)
     result.double().square().sum().backward()
+    monkeypatch.setattr(ours, "SHORT", 0)
+    expected = ours.attend(*exact, mask, causal, 0.0, True)
+    expected.square().sum().backward()
     loose = dict(rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(result.double(), expected, **loose)
     for tensor, other in zip(tensors, exact, strict=True):
         torch.testing.assert_close(tensor.grad.double(), other.grad, **loose)
-    with pytest.raises(TypeError, match="not callable"):  # one token more
-        ours.attend(*(torch.randn(1, 2, ours.SHORT + 1, 8).bfloat16() for _ in "qkv"), None, causal, 0.0, True)
 
 
 @pytest.mark.parametrize("probability", [0.05, 0.3])
@@ -267,6 +293,8 @@ def test_known_bugs_break_parity(both, monkeypatch):
         patch.setattr(ours.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], eps=self.eps))
         assert error() > 0.5, "norm weights not loaded"
     with monkeypatch.context() as patch:
+        patch.setattr(ours, "SHORT", 0)
+        assert error() < 1e-4
         patch.setattr(torch.Tensor, "repeat_interleave", lambda x, n, dim: x.repeat(1, n, 1, 1))
         assert error() > 0.5, "query heads on the wrong key heads"
 

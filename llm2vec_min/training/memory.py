@@ -133,8 +133,8 @@ def plan(
     # ---- memory ----
     kept = kept_per_token(config, settings, size, on_gpu) * tokens
     noisy = is_simcse and settings.attention_dropout > 0
-    if not on_gpu and (noisy or size == 2 and T <= SHORT):  # `attend` by hand; the softmax, its copy, and what was dropped
-        kept += rows * config.num_attention_heads * T * T * (4 + (2 if noisy else 1) * size)
+    if not on_gpu and (noisy or T <= SHORT):  # `attend` by hand: the softmax, and with dropout which were kept and the product
+        kept += rows * config.num_attention_heads * T * T * (3 if noisy else 1) * size
     states = tokens * C * size
     whole = layers if not sharded else layers / processes + 2 * count["layer"]  # two: one runs, the next one arrives
     passing = tokens * (config.intermediate_size + 3 * C) * size  # while a layer's gradient is on its way

@@ -19,6 +19,7 @@ import sys
 import time
 from pathlib import Path
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -37,12 +38,12 @@ from llm2vec_min.training.mntp import mask_tokens, mntp_loss
 
 def noise(x: Tensor, probability: float, seed: int) -> Tensor:
     """What dropout multiplies x by, 0 or 1 / (1 - p), the same for the same seed (on the CPU four draws of 16 bits from 64)."""
-    generator = torch.Generator(x.device).manual_seed(seed)
     if x.device.type != "cpu":
+        generator = torch.Generator(x.device).manual_seed(seed)
         return torch.empty_like(x).bernoulli_(1 - probability, generator=generator) / (1 - probability)
-    draws = torch.empty((x.numel() + 3) // 4, dtype=torch.int64).random_(-(2**63), None, generator=generator)
-    kept = draws.view(torch.int16)[: x.numel()].view(x.shape) >= round(probability * 65536) - 32768
-    return torch.where(kept, x.new_tensor(1 / (1 - probability)), 0)
+    draws = torch.from_numpy(np.random.SFC64(seed).random_raw((x.numel() + 3) // 4).view(np.int16))[: x.numel()].view(x.shape)
+    last = round(probability * 65536) - 32769
+    return draws.clamp_(last, last + 1).sub_(last).to(x.dtype).mul_(1 / (1 - probability))
 
 
 class GroupedLoRA(torch.autograd.Function):

@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from peak_memory import PeakMemory, like_a_gpu
+from peak_memory import PeakMemory, like_a_cpu, like_a_gpu
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 
@@ -107,8 +107,7 @@ def test_prediction(monkeypatch, shape, stage, changes, on_gpu):
     settings = Settings(**(dict(attention_dropout=0.0 if on_gpu else 0.3) | changes))  # flash keeps no probabilities
     config = make_config(*SHAPES[shape])
     monkeypatch.setattr("llm2vec_min.training.mntp.chosen_states", chosen_share(settings.mask_probability))
-    if on_gpu:
-        like_a_gpu(monkeypatch)
+    (like_a_gpu if on_gpu else like_a_cpu)(monkeypatch)
     base, trained, peak = measure(config, settings, stage)
     predicted = plan(config, settings, stage, on_gpu=on_gpu)
     assert (predicted.parameters, predicted.trained) == (base, trained)
