@@ -41,9 +41,9 @@ def fused(function: Callable) -> Callable:
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """F.dropout, but seven times as fast on the CPU, where random numbers are drawn one after the other: numpy draws them faster,
-    from a seed of torch's, and each 64 bits serve four elements, so the probability is rounded to a multiple of 1 / 65536, never to
-    0 or 1."""
+    """F.dropout, but several times as fast on the CPU, where random numbers are drawn one after the other: numpy, seeded by torch,
+    draws them faster, and each 64 bits serve four elements, so the probability is rounded to a multiple of 1 / 65536, never to 0 or 1.
+    """
     if not training or probability == 0:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
