@@ -48,8 +48,8 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
         return x
     if x.device.type != "cpu" or torch.compiler.is_compiling():
         return F.dropout(x, probability)
-    draws = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw((x.numel() + 3) // 4)
-    draws = torch.from_numpy(draws.view(np.int16))[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
+    bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw((x.numel() + 3) // 4)
+    draws = torch.from_numpy(bits.view(np.int16))[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
     last = min(max(round(probability * 65536), 1), 65535) - 32769  # the highest draw that drops
     kept = draws.clamp_(last, last + 1).sub_(last)  # 0 or 1, in half the time of a comparison
     return x * kept.to(x.dtype).mul_(1 / (1 - probability))

@@ -39,6 +39,7 @@ MUTATIONS = [
     (f"{P}/model.py", "hiding.repeat(1, 1, H // K, 1)", "hiding.repeat_interleave(H // K, dim=2)", M),
     (f"{P}/model.py", "return padding_mask[:, None, None, :]  # (B", "return None  # (B", M),
     (f"{P}/fast.py", "mul_(1 / (1 - probability))", "mul_(1.0)", f"{M} {SI}"),
+    (f"{P}/fast.py", "int(torch.randint(2**62, ()))", "0", f"{M} {SI}"),
     (f"{P}/model.py", "noise = noise if training else 0.0", "pass", f"{M} {SI}"),
     (f"{P}/model.py", "swiglu(self.gate_proj(x), self.up_proj(x))", "swiglu(self.up_proj(x), self.gate_proj(x))", M),
     (f"{P}/model.py", "bias=config.attention_bias and config.model_type != \"qwen2\"", "bias=config.attention_bias", M),
