@@ -1,4 +1,4 @@
-"""Element-wise operations as fast as the hardware allows. Each computes what its plain version does; dropout
+"""Element-wise operations, faster than their plain versions. Each computes what its plain version does; dropout
 with other random numbers."""
 
 from __future__ import annotations
@@ -41,14 +41,13 @@ def fused(function: Callable) -> Callable:
 
 
 def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
-    """F.dropout, but several times as fast on the CPU, where random numbers are drawn one after the other: numpy, seeded by torch,
-    draws them faster, and each 64 bits serve four elements, so the probability is rounded to a multiple of 1 / 65536, never to 0 or 1.
-    """
+    """F.dropout, but several times as fast on the CPU, where random numbers are drawn one after the other: numpy's faster ones are
+    taken, seeded by torch, and 64 bits serve four elements. So the probability is a multiple of 1 / 65536, never 0 or 1."""
     if not training or probability == 0:
         return x
-    if x.device.type != "cpu" or torch.compiler.is_compiling():
+    if x.device.type != "cpu" or torch.compiler.is_compiling():  # numpy's draws do not compile
         return F.dropout(x, probability)
-    bits = np.random.SFC64(int(torch.randint(2**62, ()))).random_raw((x.numel() + 3) // 4)
+    bits = np.random.SFC64(int(torch.randint(2**62, (), device=x.device))).random_raw((x.numel() + 3) // 4)
     draws = torch.from_numpy(bits.view(np.int16))[: x.numel()].view(x.shape)  # uniform in [-32768, 32767]
     last = min(max(round(probability * 65536), 1), 65535) - 32769  # the highest draw that drops
     kept = draws.clamp_(last, last + 1).sub_(last)  # 0 or 1, in half the time of a comparison

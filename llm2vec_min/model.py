@@ -105,7 +105,7 @@ def attention_mask(
 # ---- Attention, and the noise that SimCSE lives on ----
 
 
-SHORT = 256  # tokens: on a CPU, rows up to this length are faster without torch's attention kernel
+SHORT = 256  # tokens: on a CPU, rows up to about this length are faster without torch's attention kernel
 
 
 def attend(
@@ -115,7 +115,7 @@ def attend(
 
     Args:
         q: (B, H, T, D); k, v: (B, K, T, D), each shared by H / K query heads.
-        mask: bool, broadcastable to (B, 1, T, T), which decides alone; None: `causal` decides.
+        mask: bool, (B or 1, 1, T or 1, T), which decides alone; None: `causal` decides.
         noise: dropout probability, in training.
     Returns:
         (B, H, T, D)
@@ -133,12 +133,12 @@ def attend(
             q, k, v, attn_mask=mask, dropout_p=noise, is_causal=causal and mask is None, enable_gqa=k.shape[1] != H
         )
     if mask is None and causal:
-        mask = torch.ones(T, T, dtype=torch.bool).tril()[None, None]
+        mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
     # the H / K query heads of one key head are rows of one product
     scores = q.reshape(B, K, H // K * T, D) @ (k * D**-0.5).transpose(-1, -2)  # (B, K, H / K * T, T)
     if mask is not None:
-        hiding = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)  # added, it costs no backward pass
-        scores += hiding if hiding.shape[2] == 1 else hiding.repeat(1, 1, H // K, 1)
+        hiding = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
+        scores += hiding if hiding.shape[2] == 1 else hiding.repeat(1, 1, H // K, 1)  # added, it needs no backward pass
     probabilities = dropout(scores.softmax(dim=-1), noise, True)
     return (probabilities @ v).view(B, H, T, D)
 

@@ -142,10 +142,11 @@ class Loop:
         self._check_result()
 
     def _check_result(self) -> None:
-        """ValueError after a run in which no step counted, or whose last one was too large."""
+        """ValueError after a run whose last step was too large, as its weights or most steps after it show."""
         broken = not_finite({name: parameter.detach() for name, parameter in self.parameters.items()})
-        if broken or self.skipped == self.settings.steps:
-            what = f"the trained weights are not finite ({broken})" if broken else "no step was finite"
+        if broken or 2 * self.skipped > self.settings.steps:
+            last = f"the last {self.skipped} of {self.settings.steps} steps were not finite"
+            what = f"the trained weights are not finite ({broken})" if broken else last
             raise ValueError(f"{what}, so there is no result; start anew with a lower --lr or --dtype float32, and --overwrite")
 
     def open(self) -> None:

@@ -7,6 +7,7 @@ from torch import nn
 
 from conftest import TEXTS
 from llm2vec_min import LLM2Vec, model
+from llm2vec_min.fast import dropout
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import compile_layers, set_attention_dropout
 from llm2vec_min.training.simcse import embed_twins
@@ -74,8 +75,14 @@ def test_no_layer_runs_eagerly(l2v, monkeypatch, checkpointing):
 
 
 @pytest.mark.slow
-def test_both_passes_draw_the_same_noise(l2v, monkeypatch):
-    monkeypatch.setattr(model, "attend", attend_as_a_gpu_does)
+@pytest.mark.parametrize("device", ["cpu", "gpu"])
+def test_both_passes_draw_the_same_noise(l2v, monkeypatch, device):
+    """With the CPU's own attention and dropout, or as on a GPU."""
+    if device == "gpu":
+        monkeypatch.setattr(model, "attend", attend_as_a_gpu_does)
+    else:
+        for room in ("model", "lora"):
+            monkeypatch.setattr(f"llm2vec_min.{room}.dropout", dropout)
     compile_layers(l2v.decoder)
     for texts in BATCHES[:2]:
         torch.testing.assert_close(*two_passes(l2v, texts), rtol=1e-4, atol=1e-4)

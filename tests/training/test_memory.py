@@ -114,6 +114,17 @@ def test_prediction(monkeypatch, shape, stage, changes, on_gpu):
     assert predicted.peak == pytest.approx(peak, rel=0.06)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize(("stage", "length"), [("mntp", 256), ("mntp", 257), ("simcse", 512)])
+def test_prediction_around_the_longest_rows_that_attend_by_hand(monkeypatch, stage, length, dtype):
+    settings = Settings(batch_size=8, max_length=length, attention_dropout=0.3)
+    config = make_config(*SHAPES["1.3b"])
+    monkeypatch.setattr("llm2vec_min.training.mntp.chosen_states", chosen_share(settings.mask_probability))
+    like_a_cpu(monkeypatch)
+    *_, peak = measure(config, settings, stage, dtype)
+    assert plan(config, settings, stage, size=dtype.itemsize, on_gpu=False).peak == pytest.approx(peak, rel=0.06)
+
+
 def test_the_papers_batches_fit_into_24_gb():
     """The defaults of the 7B presets."""
     for shape, name in (("llama-2-7b", "llama-2-7b"), ("mistral-7b", "mistral-7b")):
