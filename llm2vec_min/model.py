@@ -105,7 +105,7 @@ def attention_mask(
 # ---- Attention, and the noise that SimCSE lives on ----
 
 
-SHORT = 256  # tokens: on a CPU, rows up to about this length are faster without torch's attention kernel
+SHORT = 256  # tokens: on a CPU, rows up to this length mostly are faster without torch's attention kernel
 
 
 def attend(

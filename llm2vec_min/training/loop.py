@@ -142,10 +142,11 @@ class Loop:
         self._check_result()
 
     def _check_result(self) -> None:
-        """ValueError after a run whose last step was too large, as its weights or most steps after it show."""
+        """ValueError after a run whose weights are not finite, or which ended in skipped steps, more than counted (short runs;
+        `MOST_SKIPPED` in a row stop any other)."""
         broken = not_finite({name: parameter.detach() for name, parameter in self.parameters.items()})
         if broken or 2 * self.skipped > self.settings.steps:
-            last = f"the last {self.skipped} of {self.settings.steps} steps were not finite"
+            last = f"{self.skipped} of {self.settings.steps} steps, the last ones, were not finite"
             what = f"the trained weights are not finite ({broken})" if broken else last
             raise ValueError(f"{what}, so there is no result; start anew with a lower --lr or --dtype float32, and --overwrite")
 

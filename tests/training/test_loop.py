@@ -206,6 +206,14 @@ def test_five_in_a_row_stop_and_the_last_good_state_is_saved(model_folder, tmp_p
     assert same(weights(resumed), weights(train(model_folder, "mntp", settings=settings)[0]))
 
 
+def test_a_run_that_ends_in_more_skipped_steps_than_others_has_no_result(model_folder, monkeypatch):
+    poison(monkeypatch, {3, 4, 5})
+    train(model_folder, "mntp", settings=dict(steps=6))
+    with pytest.raises(ValueError, match="2 of 3 steps, the last ones, were not finite, so there is no result"):
+        poison(monkeypatch, {1, 2})
+        train(model_folder, "mntp", settings=dict(steps=3))
+
+
 def test_checkpoints_by_the_clock(model_folder, tmp_path, monkeypatch):
     from llm2vec_min.training import loop
 

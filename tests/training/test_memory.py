@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from conftest import VARIANTS
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
 from llm2vec_min.lora import add_lora
-from llm2vec_min.model import Decoder, set_attention_dropout
+from llm2vec_min.model import SHORT, Decoder, set_attention_dropout
 from llm2vec_min.training.memory import count_adapter, count_parameters, fit, plan, plan_run, shape_of_run
 from llm2vec_min.training.mntp import mntp_loss
 from llm2vec_min.training.settings import Settings
@@ -115,14 +115,15 @@ def test_prediction(monkeypatch, shape, stage, changes, on_gpu):
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize(("stage", "length"), [("mntp", 256), ("mntp", 257), ("simcse", 512)])
-def test_prediction_around_the_longest_rows_that_attend_by_hand(monkeypatch, stage, length, dtype):
-    settings = Settings(batch_size=8, max_length=length, attention_dropout=0.3)
-    config = make_config(*SHAPES["1.3b"])
+@pytest.mark.parametrize(("stage", "length"), [("mntp", SHORT), ("mntp", SHORT + 1), ("simcse", SHORT + 1)])
+def test_prediction_where_attention_is_by_hand_or_just_not(monkeypatch, stage, length, dtype):
+    """Many narrow heads, so that their probabilities weigh as much as all else; attention dropout is by hand at any length."""
+    settings = Settings(batch_size=4, max_length=length, attention_dropout=0.3)
+    config = replace(make_config(128, 24, 16, 16, 352), head_dim=8, vocab_size=1000)
     monkeypatch.setattr("llm2vec_min.training.mntp.chosen_states", chosen_share(settings.mask_probability))
     like_a_cpu(monkeypatch)
     *_, peak = measure(config, settings, stage, dtype)
-    assert plan(config, settings, stage, size=dtype.itemsize, on_gpu=False).peak == pytest.approx(peak, rel=0.06)
+    assert plan(config, settings, stage, size=dtype.itemsize, on_gpu=False).peak == pytest.approx(peak, rel=0.05)
 
 
 def test_the_papers_batches_fit_into_24_gb():
