@@ -47,20 +47,29 @@ def build_parser() -> argparse.ArgumentParser:
     return parser
 
 
-def check_finite(vectors: np.ndarray, model: str, first: int = 0) -> None:
-    """ValueError for a vector with NaN or infinity in it."""
+def check_vectors(vectors: np.ndarray, encoded: list, model: str, first: int = 0) -> int:
+    """How many of the texts have no token of their own, and so a vector of zeros; ValueError for another vector of zeros, or one
+    with NaN or infinity in it."""
     if len(wrong := np.flatnonzero(~np.isfinite(vectors).all(axis=1))):
         raise ValueError(
             f"{model}: the vector of text {first + wrong[0] + 1} is not finite ({len(wrong)} of {len(vectors)} are not); its "
             "training may have diverged, or numbers outgrow the dtype (--dtype float32)"
         )
+    has_text = np.array([row.pooled.any() for row in encoded])
+    if len(wrong := np.flatnonzero(has_text & ~vectors.any(axis=1))):
+        raise ValueError(
+            f"{model}: the vector of text {first + wrong[0] + 1} is zero ({len(wrong)} of {len(vectors)} are): its training has "
+            "collapsed; train again with a lower --lr"
+        )
+    return int((~has_text).sum())
 
 
 def print_table(l2v: LLM2Vec, args: argparse.Namespace) -> None:
     """Cosine similarity of each text with each other, numbered as given."""
     encoded = l2v.tokenize(args.texts, args.instruction)
     vectors = l2v.encode(encoded, batch_size=args.batch_size, normalize=True, dim=args.dim)
-    check_finite(vectors, args.model)
+    if empty := check_vectors(vectors, encoded, args.model):
+        print(f"{empty} of the texts are empty; their vectors are zeros\n")
     if full := sum(len(row.ids) >= l2v.max_length for row in encoded):
         print(f"{full} of the texts fill --max-length {l2v.max_length}; longer ones are cut\n")
     for number, text in enumerate(args.texts, 1):
@@ -148,7 +157,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
         print(f"continuing: {done.sum()} of {len(done)} chunks of {chunk} texts are there")
     if rank() == 0 and output.exists():
         print(f"{output} is there, and is replaced at the end")
-    lines, full = iter_lines(args.input, keep_empty=True), 0
+    lines, full, empty = iter_lines(args.input, keep_empty=True), 0, 0
 
     def prepare(number: int) -> list | None:
         """The next lines of the file, tokenized; None if they are not for this process, or done."""
@@ -166,7 +175,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
             if encoded is not None:
                 full += sum(len(row.ids) >= l2v.max_length for row in encoded)
                 rows = l2v.encode(encoded, batch_size=args.batch_size, normalize=args.normalize, dim=args.dim)
-                check_finite(rows, args.model, first)
+                empty += check_vectors(rows, encoded, args.model, first)
                 vectors[first : first + len(rows)] = rows
                 vectors.flush()
                 done[number] = 1  # after its vectors are on the disk
@@ -177,6 +186,8 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
         put(part, output)
         for name in (done_file, header):
             name.unlink()
+        if empty:
+            print(f"{empty} texts are empty; their vectors are zeros")
         if full:
             print(f"{full} texts fill --max-length {l2v.max_length}; longer ones are cut")
         print(f"{output}: {count} vectors of {vectors.shape[1]} numbers, float32")
@@ -192,6 +203,8 @@ def main(argv: list[str]) -> None:
         raise ValueError(f"--batch-size is {args.batch_size}, expected at least 1, and less than 2^31")
     if args.output and not args.output.endswith(".npy"):
         raise ValueError(f"--output {args.output}: expected a name that ends in .npy")
+    if args.output and not Path(args.output).absolute().parent.is_dir():
+        raise ValueError(f"--output {args.output}: its folder does not exist")
     if args.output and Path(args.output).is_dir():
         raise ValueError(f"--output {args.output}: is a folder, expected a file")
     if args.input and Path(args.output).resolve() == Path(args.input).resolve():

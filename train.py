@@ -16,6 +16,7 @@ from tempfile import TemporaryDirectory
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 
 from llm2vec_min.cli import run
 from llm2vec_min.config import PRESETS, ModelConfig
@@ -82,7 +83,6 @@ def run_pretrain(args: argparse.Namespace, settings: Settings, work: Path, argum
     )
     torch.manual_seed(args.seed)
     model = LanguageModel(config).to(device)
-    model.model.gradient_checkpointing = args.gradient_checkpointing
     init_weights(model)
     evaluate = None
     if args.eval:
@@ -144,7 +144,6 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     l2v.max_length = max(l2v.max_length, args.max_length)  # what it learns to read, it is to read in use
     torch.manual_seed(args.seed)
     add_lora(l2v.decoder, args.lora_r, args.lora_alpha, args.lora_dropout)
-    l2v.decoder.gradient_checkpointing = args.gradient_checkpointing
     if args.compile:
         compile_layers(l2v.decoder)
     parameters = list(l2v.decoder.parameters())
@@ -174,7 +173,12 @@ def run_adapter_stage(args: argparse.Namespace, settings: Settings, work: Path, 
     else:
         raise ValueError(f"--stage {args.stage}: has no call here")
     if rank() == 0:
-        l2v.save_run(work, args.stage)
+        try:
+            l2v.save_run(work, args.stage)
+        except (OSError, SafetensorError) as error:
+            raise ValueError(
+                f"{work}: the result could not be saved ({error}); --resume goes on from the last checkpoint, if any"
+            ) from None
 
 
 def fit_memory(

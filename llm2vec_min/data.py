@@ -18,6 +18,13 @@ from .files import check_file
 from .tokenizer import Tokenizer
 
 MAX_LINE = 16 * 2**20  # bytes
+BOMS = {
+    codecs.BOM_UTF32_LE: "utf-32",
+    codecs.BOM_UTF32_BE: "utf-32",
+    codecs.BOM_UTF16_LE: "utf-16",
+    codecs.BOM_UTF16_BE: "utf-16",
+}
+PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -63,8 +70,13 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
                     while (rest := file.readline(MAX_LINE)) and not rest.endswith(b"\n"):
                         pass
                 if number == 1:
-                    if line.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE)):
-                        raise ValueError(f"{path}: is UTF-16, expected UTF-8 (iconv -f utf-16 -t utf-8)")
+                    if packed := next((name for begins, name in PACKED.items() if line.startswith(begins)), None):
+                        raise ValueError(
+                            f"{path}: holds {packed} data, expected plain text, or such a name as texts.txt.gz or .xz"
+                        )
+                    for begins, name in BOMS.items():
+                        if line.startswith(begins):
+                            raise ValueError(f"{path}: is {name.upper()}, expected UTF-8 (iconv -f {name} -t utf-8)")
                     line = line.removeprefix(codecs.BOM_UTF8)
                     if b"\0" in line:
                         raise ValueError(
@@ -87,8 +99,8 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
 
 
 def iter_lines(path: str | Path, keep_empty: bool = False, report: bool = False) -> Iterator[str]:
-    """The lines of a .txt or .jsonl file (or .json: on each line a string, or an object with "text"), plain or compressed
-    (.gz, .xz), or of a .parquet file's column "text" or "sentence", stripped, empty ones left out.
+    """The lines of a .txt or .jsonl file (or .json, .ndjson: on each line a string, or an object with "text"), plain or
+    compressed (.gz, .xz), or of a .parquet file's column "text" or "sentence", stripped, empty ones left out.
 
     Raises:
         ValueError: not a readable file of that kind; names the file and the line.
@@ -98,8 +110,10 @@ def iter_lines(path: str | Path, keep_empty: bool = False, report: bool = False)
     if kind == ".parquet":
         yield from (text.strip() for text in iter_parquet(path) if keep_empty or text.strip())
         return
+    if kind in (".csv", ".tsv"):
+        raise ValueError(f"{path}: is a table, expected .txt (a text a line, as it is), .jsonl or .parquet")
     for number, line in numbered_lines(path, report):
-        if kind in (".jsonl", ".json") and line:
+        if kind in (".jsonl", ".json", ".ndjson") and line:
             line = _text_of(line, f"{path}:{number}").strip()
         if keep_empty or line:
             yield line
@@ -140,6 +154,10 @@ def read_split(paths: list[str | Path], every: int) -> tuple[list[str], list[str
         lines = read_lines([path])
         held_out += lines[every - 1 :: every]
         train += [line for number, line in enumerate(lines, 1) if number % every] * paths.count(path)
+    if not held_out:
+        raise ValueError(
+            f"{', '.join(map(str, paths))}: {len(train)} lines, expected at least {every}: every {every}th is held out"
+        )
     return train, held_out
 
 
@@ -147,7 +165,7 @@ def read_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
     """Scores (N,) and two lists of N sentences, from lines of score <tab> sentence <tab> sentence.
 
     Raises:
-        ValueError: a line that is not of this form, or fewer than two lines.
+        ValueError: a line that is not of this form, fewer than two lines, or all with one score.
     """
     scores, first, second = [], [], []
     for number, line in numbered_lines(path):
@@ -163,6 +181,8 @@ def read_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
         scores.append(score), first.append(a), second.append(b)
     if len(scores) < 2:
         raise ValueError(f"{path}: {len(scores)} pairs, at least 2 are needed")
+    if len(set(scores)) == 1:
+        raise ValueError(f"{path}: every score is {scores[0]:g}, expected different ones: there is no order to find")
     return np.array(scores), first, second
 
 

@@ -4,6 +4,7 @@ them; without it, one process alone)."""
 from __future__ import annotations
 
 import os
+from contextlib import AbstractContextManager
 from datetime import timedelta
 
 import torch
@@ -52,6 +53,11 @@ def use_deterministic() -> None:
     os.environ.setdefault("TORCHINDUCTOR_DETERMINISTIC", "1")  # for --compile: no choice by what was faster this time
     os.environ.setdefault("TORCHINDUCTOR_SHAPE_PADDING", "0")
     torch.use_deterministic_algorithms(True)
+
+
+def kept_random_state(device: torch.device) -> AbstractContextManager:
+    """After the block torch draws, on the CPU and on this device, as if it had not run."""
+    return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 
 def to_device(x: torch.Tensor, device: torch.device | None) -> torch.Tensor:

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import filecmp
 import hashlib
 import json
 import shutil
 import threading
 import warnings
+import weakref
 from collections.abc import Iterator
 from contextlib import contextmanager
+from itertools import combinations
 from os.path import expanduser, isdir
 from pathlib import Path
 
@@ -40,6 +43,7 @@ from .weights import (
 MAX_TOKENS, MAX_TOKENS_CPU = 16384, 1024  # per forward pass in `encode`: enough to fill a GPU, a CPU
 LLM2VEC_CONFIG = "llm2vec_config.json"
 _mode_lock = threading.Lock()  # of the module, because a model with a lock in it cannot be copied
+_encoding: weakref.WeakKeyDictionary = weakref.WeakKeyDictionary()  # decoder -> threads in `encode`, and the modes to return to
 
 
 # The authors' llm2vec_config.json has the first two fields of SETTINGS. What they call last_token is `last`; eos_token and
@@ -180,10 +184,9 @@ class LLM2Vec(nn.Module):
         self.decoder, self.tokenizer = decoder, tokenizer
         tokenizer.limit_vocabulary(decoder.config.vocab_size)
         self.causal, self.pooling, self.max_length, self.template = bool(causal), pooling, max_length, tuple(template)
-        self.base_model, self.adapters = base_model, list(adapters or [])
+        self.base_model, self.adapters = base_model or decoder.source, list(adapters or [])
         self.lm_head: nn.Linear | None = None
         self.preset: str | None = None  # whose recipe a later stage takes, where the base model's name does not tell
-        self._encoding, self._was_training = 0, False  # threads in `encode`, and the mode to return to
 
     @classmethod
     def from_pretrained(
@@ -227,8 +230,6 @@ class LLM2Vec(nn.Module):
                     f"{adapter}: stands on {len(own['adapters']) - 1} earlier adapters: make it the model, or name them first"
                 )
             settings |= {k: v for k, v in own.items() if k in SETTINGS and k not in LINEAGE}
-        if len({folder.resolve() for folder in chain}) < len(chain):
-            raise ValueError(f"{name}: an adapter is there twice: {', '.join(map(str, chain))}")
         try:
             base_folder = resolve(base)
         except ValueError as error:
@@ -243,6 +244,9 @@ class LLM2Vec(nn.Module):
         for adapter in chain:
             load_adapter(decoder, adapter)
             merge_lora(decoder)
+        for one, other in combinations(chain, 2):
+            if filecmp.cmp(one / ADAPTER, other / ADAPTER, shallow=False):
+                raise ValueError(f"{name}: an adapter is there twice: {one} and {other} are the same")
         pooling = pooling or settings.get("pooling_mode", "mean")
         if pooling in THEIR_POOLINGS:
             raise ValueError(
@@ -409,19 +413,22 @@ class LLM2Vec(nn.Module):
 
     @contextmanager
     def _without_dropout(self) -> Iterator[None]:
-        """The decoder in eval mode until the last thread that encodes is through, then as the first one found it."""
+        """The decoder in eval mode until the last thread that encodes with it is through, then as the first one found it."""
+        decoder = self.decoder
         with _mode_lock:
-            if self._encoding == 0:
-                self._was_training = self.decoder.training
-                self.decoder.eval()
-            self._encoding += 1
+            threads, modes = _encoding.get(decoder) or (0, [(module, module.training) for module in decoder.modules()])
+            _encoding[decoder] = threads + 1, modes
+            decoder.eval()
         try:
             yield
         finally:
             with _mode_lock:
-                self._encoding -= 1
-                if self._encoding == 0:
-                    self.decoder.train(self._was_training)
+                threads, modes = _encoding.pop(decoder)
+                if threads > 1:
+                    _encoding[decoder] = threads - 1, modes
+                else:
+                    for module, training in modes:
+                        module.training = training
 
     # ---- to disk ----
 
@@ -435,6 +442,7 @@ class LLM2Vec(nn.Module):
         Raises:
             ValueError: the folder exists, or cannot be written.
         """
+        output = Path(output).expanduser()
         self.check_place(output, overwrite)
         with new_folder(output) as folder:
             self.write_merged(folder, dtype)
@@ -451,7 +459,7 @@ class LLM2Vec(nn.Module):
     def write_merged(self, folder: Path, dtype: str | torch.dtype | None = None, max_shard_bytes: int = 5 * 10**9) -> None:
         """Merged weights, config, tokenizer and llm2vec_config.json into an empty folder."""
         dtype = pick_dtype(dtype or self.decoder.norm.weight.dtype, self.device)
-        save_checkpoint(self.decoder, folder, dtype, max_shard_bytes)
+        save_checkpoint(plain(self.decoder), folder, dtype, max_shard_bytes)
         config = self.decoder.config
         window = {"sliding_window": config.sliding_window}
         if config.sliding_window is not None and self.max_length <= config.sliding_window:
@@ -503,17 +511,21 @@ class LLM2Vec(nn.Module):
         The newest adapter lies at the top, where PEFT finds it; those it stands on in `adapters/`.
 
         Raises:
-            ValueError: there is no adapter, other weights than its are trainable, an adapter was merged since it was loaded, or
-                `output` is a run that this one stands on.
+            ValueError: there is no adapter or no base to name, other weights than the adapter's are trainable or were trained, an
+                adapter was merged since the base was loaded, or `output` is a run that this one stands on.
         """
-        output, merges = Path(output), sum(getattr(module, "merges", 0) for module in self.modules())
-        adapted = [name for name, module in self.decoder.named_modules() if isinstance(module, LoRALinear)]
-        kept = {f"decoder.{name}.{child}.weight" for name in adapted for child in ("lora_A", "lora_B")}
-        lost = [name for name, p in self.named_parameters() if p.requires_grad and name not in kept]
-        if merges != len(self.adapters):
+        output, decoder = Path(output).expanduser(), plain(self.decoder)
+        changes = sum(vars(module).get("changes", 0) for module in self.modules())
+        kept = {id(p) for m in decoder.modules() if isinstance(m, LoRALinear) for p in (m.lora_A.weight, m.lora_B.weight)}
+        lost = [name for name, p in self.named_parameters() if p.requires_grad and id(p) not in kept]
+        if changes != len(self.adapters):
             raise ValueError(
-                f"{merges} adapters are merged into the base, but the encoder was loaded with {len(self.adapters)}, and a run "
-                "would lose the others: save() writes the merged model"
+                f"the base's weights were changed {changes} times (an adapter merged, or they themselves trained), but the encoder was "
+                f"loaded with {len(self.adapters)} adapters, and a run would lose the other changes: save() writes the whole model"
+            )
+        if not self.base_model:
+            raise ValueError(
+                "the encoder has no base model to name; set base_model, the folder or hub id of its decoder's weights"
             )
         if lost:
             raise ValueError(
@@ -524,7 +536,7 @@ class LLM2Vec(nn.Module):
             home, place = output.resolve(), adapter.resolve()
             if place.is_relative_to(home) and place != home / "adapters" / str(number):
                 raise ValueError(f"{output}: holds an adapter that this run stands on; save the run into a folder of its own")
-        config, tensors = adapter_of(self.decoder, self.base_model)
+        config, tensors = adapter_of(decoder, self.base_model)
         self.keep_adapters(output / "adapters")
         output.mkdir(parents=True, exist_ok=True)
         save_adapter(output, config, tensors)
@@ -544,6 +556,11 @@ class LLM2Vec(nn.Module):
         write_json(
             output / "config.json", self.decoder.config.to_dict() | {"_name_or_path": self.base_model, "is_causal": self.causal}
         )
+
+
+def plain(decoder: Decoder) -> Decoder:
+    """The decoder inside what `torch.compile(decoder)` has made of it, where weights have other names."""
+    return getattr(decoder, "_orig_mod", decoder)
 
 
 def sorted_batches(lengths: list[int], batch_size: int, max_tokens: int) -> Iterator[list[int]]:

@@ -11,6 +11,8 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
+import numpy as np
+
 MAX_JSON = 8 * 2**20  # bytes; ten times the largest index of a decoder's shards
 _repr = reprlib.Repr()
 _repr.maxstring = _repr.maxlong = _repr.maxother = 80
@@ -104,7 +106,8 @@ def write_json(path: str | Path, value: dict) -> None:
     """Writes atomically: a killed run leaves the old file or the new one, never half of one."""
     beside = Path(f"{path}.part")
     beside.unlink(missing_ok=True)  # it may be a link, which writing would follow
-    beside.write_text(json.dumps(value, indent=2, default=str) + "\n", encoding="utf-8")
+    plain = lambda x: x.item() if isinstance(x, np.generic) else str(x)  # noqa: E731  numpy's numbers are numbers
+    beside.write_text(json.dumps(value, indent=2, default=plain) + "\n", encoding="utf-8")
     put(beside, path)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import fnmatch
 import re
-from os.path import exists, expanduser, isdir, isfile, join
+from os.path import basename, dirname, exists, expanduser, isdir, isfile, join
 from pathlib import Path
 
 from .config import PRESETS, Preset
@@ -62,7 +62,10 @@ def find_preset(name: str | Path) -> Preset | None:
     or whose base is one of these; without a download."""
     name = str(name)
     for depth in range(9):  # a run on a merged folder, which was a run on another: not for ever, two may name each other
-        path = join(expanduser(name), "llm2vec_config.json")
+        folder = expanduser(name)
+        if basename(dirname(folder)) == "adapters":  # an earlier stage of a run
+            folder = dirname(dirname(folder))
+        path = join(folder, "llm2vec_config.json")
         if name in PRESETS or not isfile(path):  # unlike pathlib's, no error for what no file can be called
             break
         try:
@@ -147,7 +150,8 @@ def fetch(repo: str, revision: str | None, kind: str, patterns: tuple[str, ...])
             return Path(snapshot_download(**where, allow_patterns=list(patterns), local_files_only=True))
         except Exception:
             reason = (str(error).splitlines() or [type(error).__name__])[0]
+        here = f" is no folder in {Path.cwd()} and" if kind == "model" else ""
         raise ValueError(
-            f"{kind} {repo!r} could not be downloaded ({reason}); without a network, run "
+            f"{kind} {repo!r}{here} could not be downloaded ({reason}); without a network, run "
             f"`hf download {repo}{kind_flag}` where there is one and copy what it made under ~/.cache/huggingface/hub here"
         ) from None

@@ -44,7 +44,7 @@ class LoRALinear(nn.Linear):
         y = F.linear(rows, self.weight, self.bias)  # (N, out)
         a = F.linear(dropout(rows, self.dropout, self.training), self.lora_A.weight.to(x.dtype)) * self.scaling  # (N, R)
         # in place, into y: no second tensor of its size
-        return y.addmm_(a, self.lora_B.weight.to(x.dtype).T).view(*x.shape[:-1], self.out_features)
+        return y.addmm_(a, self.lora_B.weight.to(a.dtype).T).view(*x.shape[:-1], self.out_features)
 
     @torch.no_grad()
     def merged_weight(self) -> Tensor:
@@ -57,7 +57,7 @@ class LoRALinear(nn.Linear):
         linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None, device="meta")
         linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
         linear.bias = self.bias
-        return linear
+        return linear.train(self.training)  # which an adapter put on it will take over
 
 
 def _replace(model: nn.Module, name: str, module: nn.Module) -> None:
@@ -77,10 +77,12 @@ def add_lora(
     Returns:
         Names of the layers that got one.
     Raises:
-        ValueError: a target that fits no linear layer, a model that has an adapter already, a rank or a dropout out of range.
+        ValueError: a target that fits no linear layer, a model that has an adapter already, a rank, alpha or dropout out of range.
     """
     if r < 1:
         raise ValueError(f"LoRA rank is {r}, expected at least 1")
+    if not alpha > 0:
+        raise ValueError(f"LoRA alpha is {alpha}, expected a number above 0")
     if not 0 <= dropout < 1:
         raise ValueError(f"LoRA dropout is {dropout}, expected at least 0 and below 1")
     if adapted := [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]:
@@ -102,10 +104,10 @@ def add_lora(
 
 
 def merge_lora(model: nn.Module) -> None:
-    """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model. `model.merges`
-    counts the adapters merged here: by it `save_run` notices a base that is no longer the checkpoint it names."""
+    """Folds every adapter into its layer, in place, one at a time: memory grows by one layer, not by the model. `model.changes`
+    counts: by it `save_run` notices a base that is no longer the checkpoint it names."""
     names = [name for name, module in model.named_modules() if isinstance(module, LoRALinear)]
     with torch.no_grad():
         for name in names:  # names, because a list of the modules would keep each unmerged weight to the end
             _replace(model, name, model.get_submodule(name).merged())
-    model.merges = getattr(model, "merges", 0) + bool(names)
+    model.changes = getattr(model, "changes", 0) + bool(names)

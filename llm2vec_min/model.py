@@ -236,6 +236,7 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(DecoderLayer(config) for _ in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.gradient_checkpointing = False
+        self.changes = 0  # of its weights since they were loaded: adapters merged, runs that trained them
 
     def forward(
         self, input_ids: Tensor, padding_mask: Tensor | None = None, *, causal: bool, all_layers: bool = False

@@ -121,6 +121,13 @@ def test_embed_says_what_might_surprise(runs, files, tmp_path, capsys):
     assert "1 texts fill --max-length 20" in out and "replaced" not in out
     embed.main(command)
     assert "v.npy is there, and is replaced at the end" in capsys.readouterr().out
+    lines = tmp_path / "empty.jsonl"
+    lines.write_text('"a cat"\n{"text": " "}\n')
+    embed.main(["--model", str(runs[1]), "--input", str(lines), "--output", str(tmp_path / "v2.npy")])
+    assert "1 texts are empty; their vectors are zeros" in capsys.readouterr().out
+    assert np.load(tmp_path / "v2.npy").any(axis=1).tolist() == [True, False]
+    embed.main(["--model", str(runs[1]), "a", ""])
+    assert "1 of the texts are empty; their vectors are zeros" in capsys.readouterr().out
 
 
 def test_adapter_flag(runs, model_folder, capsys):
@@ -304,6 +311,11 @@ def test_vectors_that_are_not_finite_are_an_error(files, model_folder, tmp_path,
         embed.main(["a", "b", "--model", str(model_folder)])
     with pytest.raises(ValueError, match="the vector of text 1 is not finite"):
         embed.main(["--input", str(files / "text.txt"), "--output", str(tmp_path / "x.npy"), "--normalize"])
+    broken.decoder.norm.weight.data[:] = 0
+    with pytest.raises(ValueError, match="the vector of text 2 is zero .1 of 2 are.: its training has collapsed"):
+        embed.main(["", "b", "--model", str(model_folder)])
+    with pytest.raises(ValueError, match="the vector of text 1 is zero"):
+        embed.main(["--input", str(files / "text.txt"), "--output", str(tmp_path / "y.npy")])
 
 
 def test_a_file_that_shrinks_is_an_error_not_zeros(files, runs, tmp_path, monkeypatch):
@@ -392,6 +404,7 @@ def test_help_shows_the_presets_defaults(capsys):
         (["--max-length", "3000000000"], "--max-length is 3000000000, expected a smaller number"),
         (["--lora-alpha", "1e300"], "--lora-alpha is 1e.300, expected a number above 0 and below 1e30"),
         (["--stage", "pretrain", "--vocab-size", "1000000000"], "--vocab-size is 1000000000, expected from 259 .* to 4194304"),
+        (["--stage", "supervised", "--model", "{mistyped}"], "mistyped' is neither a folder nor a hub id"),
         (["--output", "{foreign}", "--overwrite"], "foreign: holds files, but not a run"),
         (["--output", "{parts}"], "parts: holds files, but not a run"),
         (["--model"], "argument --model: expected one argument"),
@@ -409,7 +422,7 @@ def test_mistakes(argv, message, files, model_folder, runs, tmp_path):
     os.mkfifo(tmp_path / "folder" / "pipe.txt")
     names = {"{runs}": runs[0], "{model}": model_folder, "{causal}": tmp_path / "causal", "{long}": tmp_path / "long.txt",
              "{folder}": tmp_path / "folder", "{pipe}": tmp_path / "folder" / "pipe.txt", "{foreign}": tmp_path / "foreign",
-             "{parts}": tmp_path / "parts"}  # fmt: skip
+             "{parts}": tmp_path / "parts", "{mistyped}": tmp_path / "folder" / "mistyped"}  # fmt: skip
     argv = [str(names.get(a, a)) for a in argv]
     model = [] if "pretrain" in argv else ["--model", str(model_folder)]
     defaults = ["--stage", "mntp", *model, "--data", str(files / "text.txt"),
@@ -554,7 +567,7 @@ def test_repeated_flags_add_up(files):
         (["--input", "x.txt"], "go together"),
         (["--input", "nowhere.txt", "--output", "x.npy"], "nowhere.txt: not a readable"),
         (["--input", "{text}", "--output", "x.txt"], "ends in .npy"),
-        (["--input", "{text}", "--output", "/nowhere/x.npy"], "/nowhere/x.npy: cannot be written"),
+        (["--input", "{text}", "--output", "/nowhere/x.npy"], "/nowhere/x.npy: its folder does not exist"),
         (["a", "--model", "/nowhere"], "neither a folder nor a hub id"),
         (["a", "--max-length", "0"], "max_length is 0, expected at least 1 token"),
         (["--input", "{text}", "--output", "{folder.npy}"], "folder.npy: is a folder, expected a file"),
@@ -733,6 +746,45 @@ def test_other_peoples_folders_stay(files, model_folder, tmp_path):
     for name in ("run.old", "saved", "exported.old", "exported.part"):
         assert (tmp_path / name / "mine").read_text() == "precious"
     assert len(list(tmp_path.iterdir())) == 6, "nothing of ours is left beside"
+
+
+def test_what_is_no_part_of_a_run_is_not_replaced_with_it(files, model_folder, tmp_path):
+    argv = flags_of(files, model_folder, tmp_path / "run")
+    train.main(argv)
+    for path in ("vectors.npy", "scores.json", "exported/model.safetensors"):
+        (tmp_path / "run" / path).parent.mkdir(exist_ok=True)
+        (tmp_path / "run" / path).write_text("precious")
+        with pytest.raises(ValueError, match="--overwrite would remove what is no part of the run: "):
+            train.main([*argv, "--overwrite"])
+    assert "exported, scores.json, vectors.npy; move it" in str(
+        pytest.raises(ValueError, train.main, [*argv, "--overwrite"]).value
+    )
+    for path in ("vectors.npy", "scores.json", "exported/model.safetensors"):
+        (tmp_path / "run" / path).unlink()
+    (tmp_path / "run" / "exported").rmdir()
+    train.main([*argv, "--overwrite"])
+
+
+def test_a_result_that_cannot_be_saved(files, model_folder, tmp_path, monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(LLM2Vec, "save_run", full)
+    with pytest.raises(ValueError, match="run: the result could not be saved .*No space left.*--resume goes on"):
+        train.main(flags_of(files, model_folder, tmp_path / "run"))
+
+
+def test_an_export_of_an_export(runs, tmp_path, capsys):
+    export.main(["--model", str(runs[1]), "--output", str(tmp_path / "one"), "--normalize"])
+    assert "not taken over" not in capsys.readouterr().out
+    export.main(["--model", str(tmp_path / "one"), "--output", str(tmp_path / "two")])
+    assert "its --prompt and --normalize are not taken over" in capsys.readouterr().out
+
+
+def test_an_earlier_stage_of_a_run_has_its_preset(tmp_path):
+    (tmp_path / "run" / "adapters" / "0").mkdir(parents=True)
+    (tmp_path / "run" / "llm2vec_config.json").write_text(json.dumps({"preset": "tiny"}))
+    assert find_preset(tmp_path / "run" / "adapters" / "0") is PRESETS["tiny"]
 
 
 def test_what_a_stage_learns_to_read_is_read_in_use(files, model_folder, tmp_path, monkeypatch):

@@ -16,10 +16,12 @@ from tokenizers import normalizers
 from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora, merge_lora
+from llm2vec_min.model import Decoder
 from llm2vec_min.pooling import POOLING_MODES
 from llm2vec_min.tokenizer import Tokenizer
+from llm2vec_min.training import Loop, Settings, info_nce
 from llm2vec_min.training.simcse import embed_twins
-from llm2vec_min.weights import adapter_of, save_adapter
+from llm2vec_min.weights import adapter_of, load_decoder, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -244,17 +246,76 @@ def test_a_run_keeps_all_that_was_trained_or_is_refused(run_folders, tmp_path):
     del l2v.head
     merge_lora(l2v)
     add_lora(l2v.decoder, r=2)
-    with pytest.raises(
-        ValueError, match="2 adapters are merged into the base, but the encoder was loaded with 1.*save\\(\\) writes"
-    ):
+    with pytest.raises(ValueError, match=r"weights were changed 2 times.*was loaded with 1 adapters.*save\(\) writes"):
         l2v.save_run(tmp_path / "new", "simcse")
     assert not (tmp_path / "new").exists()
     built = LLM2Vec(l2v.decoder, l2v.tokenizer, base_model="tiny")
-    with pytest.raises(ValueError, match="1 adapters are merged into the base, but the encoder was loaded with 0"):
+    with pytest.raises(ValueError, match="weights were changed 1 times.*was loaded with 0 adapters"):
         built.save_run(tmp_path / "new", "simcse")
     expected = l2v.encode(TEXTS)
     l2v.save(tmp_path / "new")
     np.testing.assert_allclose(LLM2Vec.from_pretrained(tmp_path / "new", device="cpu").encode(TEXTS), expected, atol=1e-5)
+
+
+def test_a_base_that_was_trained_itself_is_not_lost(model_folder, tmp_path):
+    """All of it first, an adapter after that: the run would name the checkpoint as it was before."""
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    for adapter in (False, True):
+        add_lora(l2v.decoder, r=2) if adapter else l2v.decoder.requires_grad_()
+        for _ in (loop := Loop(l2v.decoder, Settings(steps=1), quiet=True)):
+            l2v.embed(TEXTS[:2]).sum().backward()
+            loop.update(torch.tensor(1.0), 1)
+    with pytest.raises(ValueError, match="weights were changed 1 times.*was loaded with 0 adapters"):
+        l2v.save_run(tmp_path / "run", "own")
+
+
+def test_what_is_saved_can_be_loaded(model_folder, tmp_path, monkeypatch):
+    """Numbers from numpy, a decoder that was loaded by hand, one that was compiled, and the home folder's short name."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    decoder = load_decoder(model_folder, "cpu", torch.float32)
+    l2v = LLM2Vec(decoder, Tokenizer(model_folder), max_length=np.int64(64))
+    expected = l2v.encode(TEXTS)
+    l2v.decoder = torch.compile(decoder, backend="eager")
+    l2v.save("~/merged")
+    l2v.decoder = decoder
+    add_lora(l2v.decoder, r=np.int64(2), dropout=np.float32(0.5))
+    l2v.decoder = torch.compile(decoder, backend="eager")
+    l2v.save_run("~/run", "own")
+    for name in ("merged", "run"):
+        loaded = LLM2Vec.from_pretrained(tmp_path / name, device="cpu")
+        assert loaded.max_length == 64
+        np.testing.assert_allclose(loaded.encode(TEXTS), expected, atol=1e-5)
+    nameless = LLM2Vec(Decoder(decoder.config), l2v.tokenizer)
+    add_lora(nameless.decoder, r=2)
+    with pytest.raises(ValueError, match="no base model to name"):
+        nameless.save_run(tmp_path / "other", "own")
+
+
+def test_autocast_changes_the_products_only(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    expected = l2v.encode(TEXTS)
+    add_lora(l2v.decoder, r=2)
+    with torch.autocast("cpu", torch.bfloat16):
+        found, trained = l2v.encode(TEXTS), l2v.embed(TEXTS)
+        losses = [info_nce(torch.from_numpy(expected), torch.from_numpy(expected))]
+    assert found.dtype == np.float32 and trained.dtype == torch.float32
+    np.testing.assert_allclose(found, expected, atol=0.1)
+    assert losses[0] == info_nce(torch.from_numpy(expected), torch.from_numpy(expected))
+    trained.sum().backward()
+    assert l2v.decoder.layers[0].mlp.up_proj.lora_B.weight.grad.abs().sum() > 0
+
+
+def test_two_encoders_on_one_decoder_and_modes_of_single_layers(model_folder):
+    """Whoever is through first leaves the decoder without dropout for the other."""
+    one = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    two = LLM2Vec(one.decoder, one.tokenizer, pooling="max")
+    one.train()
+    one.decoder.layers[0].eval()
+    before = [module.training for module in one.decoder.modules()]
+    with two._without_dropout():
+        one.encode("a")
+        assert not any(module.training for module in one.decoder.modules())
+    assert [module.training for module in one.decoder.modules()] == before and len(set(before)) == 2
 
 
 def test_a_run_that_was_refused_can_be_saved_again(run_folders, tmp_path):
@@ -274,9 +335,11 @@ def test_a_run_that_was_refused_can_be_saved_again(run_folders, tmp_path):
 def test_a_run_is_not_saved_over_one_that_it_stands_on(run_folders, tmp_path):
     """Into the folder it came from, and, with an earlier adapter put below, into one whose copies would trade places."""
     mntp, simcse, _ = run_folders
-    for name in ("own", "below"):
-        shutil.copytree(mntp, tmp_path / name)
+    shutil.copytree(mntp, tmp_path / "own")
     base = LLM2Vec.from_pretrained(mntp, device="cpu").base_model
+    below = LLM2Vec.from_pretrained(base, device="cpu")
+    add_lora(below.decoder, r=4)
+    below.save_run(tmp_path / "below", "mntp")
     for folder, model, adapters in (
         (tmp_path / "own", tmp_path / "own", []),
         (simcse, base, [tmp_path / "below", simcse / "adapters" / "0", simcse]),
@@ -313,7 +376,7 @@ def test_a_run_with_an_adapter_merged_in_part(run_folders, tmp_path):
     l2v = LLM2Vec.from_pretrained(run_folders[0], device="cpu")
     add_lora(l2v.decoder, r=2)
     merge_lora(l2v.decoder.layers[0])
-    with pytest.raises(ValueError, match="2 adapters are merged into the base"):
+    with pytest.raises(ValueError, match="weights were changed 2 times"):
         l2v.save_run(tmp_path / "new", "simcse")
 
 
@@ -521,7 +584,8 @@ def test_a_config_beside_an_adapter_says_the_base(model_folder, tmp_path):
 
 def test_an_adapter_is_not_merged_twice(model_folder, tmp_path):
     folder = bare(tmp_path / "one", model_folder, 1)
-    for again in (folder, f"{folder}/"):
+    shutil.copytree(folder, tmp_path / "copy")
+    for again in (folder, f"{folder}/", tmp_path / "copy"):
         with pytest.raises(ValueError, match="an adapter is there twice"):
             LLM2Vec.from_pretrained(folder, adapters=[again], device="cpu")
 

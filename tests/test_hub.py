@@ -99,7 +99,9 @@ def test_refusals(monkeypatch, error, message):
 
 
 def test_offline_and_not_cached():
-    with pytest.raises(ValueError, match="could not be downloaded .*run `hf download some/model` where there is one"):
+    with pytest.raises(
+        ValueError, match="is no folder in .* and could not be downloaded .*run `hf download some/model` where there is one"
+    ):
         resolve("some/model")
     with pytest.raises(ValueError, match="run `hf download Salesforce/wikitext --repo-type dataset` where"):
         hub.resolve_data("wikitext-103")

@@ -63,6 +63,9 @@ def test_new_layers_are_in_the_mode_of_those_they_replace(decoder):
     add_lora(decoder.eval(), r=2, targets=["q_proj"])
     assert not any(module.training for module in decoder.modules())
     merge_lora(decoder)
+    add_lora(decoder, r=2, targets=["q_proj"])
+    assert not any(module.training for module in decoder.modules()), "on what was merged, too"
+    merge_lora(decoder)
     add_lora(decoder.train(), r=2, targets=["k_proj"])
     assert all(module.training for module in decoder.modules())
 
@@ -81,6 +84,8 @@ def test_bad_targets(decoder):
         add_lora(decoder, targets=["q_proj", "c_attn"])
     with pytest.raises(ValueError, match="rank is 0"):
         add_lora(decoder, r=0)
+    with pytest.raises(ValueError, match="alpha is 0, expected a number above 0"):
+        add_lora(decoder, alpha=0)
     with pytest.raises(ValueError, match="dropout is 1.0, expected at least 0 and below 1"):
         add_lora(decoder, dropout=1.0)
     assert decoder.norm.weight.requires_grad, "what was refused changed nothing"

@@ -16,6 +16,7 @@ KIND:PATH is one of (tab-separated UTF-8 files, JSON lines; plain, .gz or .xz)
 from __future__ import annotations
 
 import argparse
+import os
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -23,6 +24,7 @@ from pathlib import Path
 from ..cli import add_model_flags, run
 from ..encoder import LLM2Vec, find_chain
 from ..files import write_json
+from ..hub import resolve
 from ..pooling import POOLING_MODES
 from .compare import KINDS, legend, measure, plot, read_tasks, report, rungs, table
 
@@ -66,6 +68,8 @@ def check(args: argparse.Namespace) -> dict[str, str]:
         path = getattr(args, name)
         if path and not Path(path).absolute().parent.is_dir():
             raise ValueError(f"--{name} {path}: its folder does not exist")
+        if path and not os.access(Path(path).absolute().parent, os.W_OK):
+            raise ValueError(f"--{name} {path}: nothing can be written in its folder")
         if path and Path(path).is_dir():
             raise ValueError(f"--{name} {path}: is a folder, expected a file's name")
         files = [Path(file) for task in args.tasks for file in task.partition(":")[2].split(",")]
@@ -93,21 +97,26 @@ def main(argv: list[str]) -> None:
     given = {name: value for name, value in own.items() if value is not None}
     models = rungs(args.ladder) if args.ladder else {}
     models |= {name: {"name": name} for name in args.compare or ([] if args.ladder else [args.model or "tiny"])}
-    for options in models.values():
-        find_chain(options["name"])  # a model that is not there is said now, not when the others are scored
-    measured = {}
-    for number, (name, options) in enumerate(models.items(), 1):
-        print(f"{name}, {number} of {len(models)}", file=sys.stderr)
-        options = {"adapters": args.adapter} | options | given
-        l2v = LLM2Vec.from_pretrained(**options, dtype=args.dtype, device=args.device)
-        options = {"limit": args.limit, "layers": args.layers, "show_progress": True}
-        measured[name] = measure(l2v, tasks, instructions=instructions, **options)
-        result = report(measured)
-        if args.json:  # after every model: a comparison that is stopped keeps those that are done
-            single = {task: result["models"][name][task] for task in tasks}
-            write_json(args.json, result if args.compare or args.ladder else single)
-    print(table(result))
-    print(legend(result, args.limit))
+    for options in models.values():  # a model that is not there is said now, not when the others are scored
+        base, chain, _ = find_chain(options["name"])
+        for part in (base, *chain):
+            resolve(part)
+    measured, result = {}, {}
+    try:
+        for number, (name, options) in enumerate(models.items(), 1):
+            print(f"{name}, {number} of {len(models)}", file=sys.stderr)
+            options = {"adapters": args.adapter} | options | given
+            l2v = LLM2Vec.from_pretrained(**options, dtype=args.dtype, device=args.device)
+            options = {"limit": args.limit, "layers": args.layers, "show_progress": True}
+            measured[name] = measure(l2v, tasks, instructions=instructions, **options)
+            result = report(measured)
+            if args.json:  # after every model: a comparison that is stopped keeps those that are done
+                single = {task: result["models"][name][task] for task in tasks}
+                write_json(args.json, result if args.compare or args.ladder else single)
+    finally:  # also when a later model, or the disk, fails
+        if result:
+            print(table(result))
+            print(legend(result, args.limit))
     if args.plot:
         plot(result, args.plot)
 

@@ -250,6 +250,11 @@ def legend(result: dict, limit: int | None = None) -> str:
     ]
     if result["steps"]:
         lines.append("▲ ▼: better or worse than the column to the left, p < 0.05, paired; one in twenty by chance alone")
+    scores = [s for tasks in result["models"].values() for metrics in tasks.values() for s in metrics.values()]
+    if any(s["value"] is None for s in scores):
+        lines.append("undefined: the model gives every row the same (doctor may say why); a mean with it is undefined too")
+    if any(s["value"] is not None and s["low"] is None for s in scores):
+        lines.append(f"no [...]: fewer than {FEWEST} independent rows, too few for an interval")
     if any("mean" in tasks for tasks in result["models"].values()):
         lines.append("mean: of each task's first metric")
     return "\n".join(lines)

@@ -58,15 +58,16 @@ def sample(count: int, limit: int | None) -> np.ndarray:
 
 
 def read_binary_pairs(path: str | Path) -> tuple[np.ndarray, list[str], list[str]]:
-    """`read_pairs` where the scores are 1 or 0, both of them; ValueError if not."""
+    """`read_pairs` where each score is 1 or 0; ValueError if not."""
     pairs = read_pairs(path)
     for number, line in numbered_lines(path):
         label = line.partition("\t")[0]
         if line and float(label) not in (0, 1):
             raise ValueError(f"{path}:{number}: found the label {label!r}, expected 1 or 0")
-    if len(set(pairs[0])) == 1:
-        raise ValueError(f"{path}: every label is {pairs[0][0]:g}, expected pairs with 1 and pairs with 0")
     return pairs
+
+
+HEADERS = ("text", "texts", "sentence", "sentences", "title", "query", "question", "utterance", "content", "document")
 
 
 def read_labelled(path: str | Path) -> dict[str, list]:
@@ -84,6 +85,9 @@ def read_labelled(path: str | Path) -> dict[str, list]:
             rows["labels"].append(label), rows["texts"].append(text), rows["lines"].append(number)
     if not rows["texts"]:
         raise ValueError(f"{path}: no text in it, expected lines of label<tab>text")
+    label, text = rows["labels"][0], rows["texts"][0]
+    if text.lower() in HEADERS and rows["labels"].count(label) == 1:
+        raise ValueError(f"{path}:{rows['lines'][0]}: found the header {f'{label}<tab>{text}'!r}, expected label<tab>text only")
     return rows
 
 

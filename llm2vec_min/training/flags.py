@@ -12,11 +12,12 @@ from pathlib import Path
 from ..cli import refuse
 from ..config import MOST, PAPER, PRESETS, Preset
 from ..device import DTYPES, started
+from ..encoder import find_chain
 from ..files import short
 from ..hub import DATASETS, find_preset
 from ..pooling import POOLING_MODES
 from .mntp import MASK_STYLES
-from .settings import Settings
+from .settings import SCHEDULES, Settings
 
 STAGES = ("pretrain", "mntp", "simcse", "supervised")
 ASSETS = Path(__file__).parent.parent / "assets"
@@ -96,7 +97,7 @@ def build_parser(argv: list[str], description: str) -> argparse.ArgumentParser:
     add(group, "--max-length", "tokens per sequence: block size of mntp and pretrain, cut of simcse and supervised", type=int)
     add(group, "--lr", "peak learning rate", type=float)
     add(group, "--warmup-steps", "steps of linear warmup", type=int)
-    add(group, "--schedule", "decay to zero: linear or cosine", choices=("linear", "cosine"))
+    add(group, "--schedule", "decay to zero: linear or cosine", choices=SCHEDULES)
     add(group, "--weight-decay", "AdamW's", type=float)
     add(group, "--adam-beta2", "AdamW's", type=float)
     add(group, "--max-grad-norm", "clip the gradient at this norm; 0: do not", type=float)
@@ -212,6 +213,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         and not (args.data or args.dry_run)
         and not default_data(args.stage, find_preset(args.preset or args.model))
     ):
+        find_chain(args.model)  # one that is not there, or unfinished, is the mistake then
         raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
     args.output = str(Path(expanduser(args.output)))  # `runs/mntp/` is `runs/mntp`
     if Path(args.output).is_symlink():  # the folder that it leads to is what is written and replaced

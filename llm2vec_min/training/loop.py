@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..device import rank, world_size
+from ..device import kept_random_state, rank, world_size
 from ..files import give_usual_mode, put
+from ..model import Decoder
 from ..weights import not_finite
 from . import distributed
 from .output import BEFORE, CHECKPOINT, METRICS, is_finished, open_output
@@ -55,12 +56,13 @@ class Loop:
     """The optimizer's side of a training loop: `for step in loop: ...; loss.backward(); loop.update(loss, tokens)`.
 
     Everything random in a step is drawn after torch was seeded with the run's seed and the step's number. So a run that is
-    killed and resumed takes the same steps as one that was not, and an evaluation in between changes nothing.
+    killed and resumed takes the same steps as one that was not, and an evaluation in between changes nothing. After the last step,
+    and however else it ends, the model is in eval mode and torch's random numbers go on as if nothing had been drawn.
 
     With several processes each trains on its share of the batch and calls `update` with its part of the loss.
 
     Args:
-        model: its parameters with requires_grad are trained.
+        model: its parameters with requires_grad are trained; their gradients so far are dropped.
         output: the run's folder, for metrics and checkpoints, made before the first step; None keeps nothing.
         arguments: noted in the folder.
         evaluate: called before the first step, every `eval_every` steps and after the last; returns named numbers.
@@ -91,6 +93,12 @@ class Loop:
             raise ValueError(
                 "the model has no weight to train: give it a fresh adapter, add_lora(l2v.decoder), on top of merged ones"
             )
+        self.buffers = {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}  # a decoder has none, a head may
+        for module in model.modules():
+            if isinstance(module, Decoder):
+                module.gradient_checkpointing |= settings.gradient_checkpointing
+                in_base = [name for name in trainable_parameters(module) if ".lora_" not in name]
+                module.changes += bool(in_base)  # as after `merge_lora`, the base is no longer the checkpoint it came from
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.lr,
@@ -105,15 +113,19 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         self.open()
         self.skipped = 0  # steps without a finite gradient, in a row
+        self.flat = 0  # steps whose gradient was exactly 0, in a row
         self.stopping = False  # this process got a signal
         self.stopped = False  # every process knows of one
         self.saved = time.monotonic()
         hidden = self.quiet or not self.is_main
         self.bar = tqdm(total=self.settings.steps, initial=self.start, desc="training", disable=hidden, mininterval=1.0)
         handlers = self._catch_signals()
+        self.optimizer.zero_grad(set_to_none=True)
         try:
-            yield from self._steps()
+            with kept_random_state(next(iter(self.parameters.values())).device):
+                yield from self._steps()
         finally:
+            self.model.eval()
             self._restore(handlers)
             self.bar.close()
 
@@ -138,15 +150,21 @@ class Loop:
                 self._save_checkpoint(done)
             if done < s.steps and self.stopped:
                 raise KeyboardInterrupt(f"stopped after step {done}, which is saved; the same command with --resume goes on")
-        self.model.eval()
         self._check_result()
 
     def _check_result(self) -> None:
-        """ValueError after a run whose weights are not finite, or which ended in skipped steps, more than counted (short runs;
-        `MOST_SKIPPED` in a row stop any other)."""
+        """ValueError after a run whose weights are not finite, which ended in skipped steps, more than counted (short runs;
+        `MOST_SKIPPED` in a row stop any other), or in steps that had nothing left to learn: all vectors are the same, or zero."""
         broken = not_finite({name: parameter.detach() for name, parameter in self.parameters.items()})
-        if broken or 2 * self.skipped > self.settings.steps:
-            last = f"{self.skipped} of {self.settings.steps} steps, the last ones, were not finite"
+        steps = self.settings.steps
+        flat = self.flat >= MOST_SKIPPED
+        if broken or flat or 2 * self.skipped > steps:
+            last = f"{self.skipped} of {steps} steps, the last ones, were not finite"
+            last = (
+                f"the gradient was exactly 0 in the last {self.flat} of {steps} steps: the model has collapsed"
+                if flat
+                else last
+            )
             what = f"the trained weights are not finite ({broken})" if broken else last
             raise ValueError(f"{what}, so there is no result; start anew with a lower --lr or --dtype float32, and --overwrite")
 
@@ -195,6 +213,7 @@ class Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._skip(loss, norm)
             return
+        self.flat = 0 if norm else self.flat + 1
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped = 0
@@ -260,9 +279,10 @@ class Loop:
     def _record(self, record: dict) -> None:
         self.history.append(record)
         if self.output is not None and self.is_main:
+            undefined = {name: None for name, value in record.items() if isinstance(value, float) and not math.isfinite(value)}
             try:
                 with open(self.output / METRICS, "a", encoding="utf-8") as file:
-                    file.write(json.dumps(record) + "\n")
+                    file.write(json.dumps(record | undefined) + "\n")  # JSON has no nan
             except OSError as error:
                 raise ValueError(
                     f"{self.output / METRICS}: cannot be written ({error}); --resume goes on from what is saved"
@@ -283,6 +303,7 @@ class Loop:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
+        tensors |= self.buffers
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         new, old, beside = (self.output / name for name in (CHECKPOINT, BEFORE, CHECKPOINT + ".part"))
         try:
@@ -349,10 +370,13 @@ class Loop:
                 f"{path}: made by torch {about.get('torch')}, this is {torch.__version__}: the run goes on, not bit for bit"
             )
         ours = {f"parameter.{name}": parameter.shape for name, parameter in self.parameters.items()}
-        theirs = {key: tensor.shape for key, tensor in tensors.items() if key.startswith("parameter.")}
+        ours |= {name: buffer.shape for name, buffer in self.buffers.items()}
+        theirs = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(("parameter.", "buffer."))}
         if wrong := sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key)):
             raise ValueError(f"{path}: has other weights, or of other shapes, than this run trains: {', '.join(wrong[:3])}")
         with torch.no_grad():
+            for name, buffer in self.buffers.items():
+                buffer.copy_(tensors[name])
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
                 # a fused AdamW keeps its count of steps, like the moments, on the parameter's device

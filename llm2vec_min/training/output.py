@@ -16,6 +16,7 @@ from .settings import Settings
 
 ARGUMENTS = "train_args.json"
 METRICS = "metrics.jsonl"
+OWN = {"config.json", "adapters", "llm2vec_config.json", "adapter_config.json", "adapter_model.safetensors", "README.md"}
 FREE = ("output", "eval", "eval_every", "save_every")  # the weights do not depend on them
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
 
@@ -44,6 +45,11 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
         if is_run(beside):
             state += f", and {beside} the unfinished one that was to replace it; --resume continues that"
         raise ValueError(f"--output {output}: already holds {state}; --overwrite starts anew")
+    if guests := sorted(path.name for path in output.iterdir() if not is_own(path)) if output.is_dir() else []:
+        raise ValueError(
+            f"--output {output}: --overwrite would remove what is no part of the run: {', '.join(guests[:5])}"
+            f"{' ...' if len(guests) > 5 else ''}; move it, or take another folder"
+        )
     return beside
 
 
@@ -55,7 +61,7 @@ def check_resumed(work: Path, arguments: dict) -> None:
     before = {k: list(v) if isinstance(v, tuple) else v for k, v in vars(Settings()).items()} | read_json(work / ARGUMENTS)
     if changed := [k for k in before if k in arguments and k not in FREE and before[k] != arguments[k]]:
         found = ", ".join(f"{name} was {before[name]!r}, is {arguments[name]!r}" for name in changed)
-        raise ValueError(f"--resume: {work} was started with other arguments: {found}")
+        raise ValueError(f"--resume: {work} was started with other arguments: {found}; give those it was started with")
 
 
 def is_run(folder: Path) -> bool:
@@ -63,6 +69,31 @@ def is_run(folder: Path) -> bool:
         return (folder / ARGUMENTS).is_file() and "stage" in read_json(folder / ARGUMENTS)
     except ValueError:
         return False
+
+
+def is_own(path: Path) -> bool:
+    """Something that a run writes into its folder, by the name."""
+    if path.is_dir():
+        return path.name == "adapters"
+    begins = (
+        "train_args.",
+        "metrics.",
+        "checkpoint",
+        "model.",
+        "model-",
+        "tokenizer",
+        "special_tokens",
+        "added_tokens",
+        ".tmp",
+    )
+    return path.name in OWN or path.name.startswith(begins) or path.suffix == ".part"
+
+
+def is_metrics(path: Path) -> bool:
+    """Its first line says a step, or it was cut off there."""
+    with open(path, "rb") as file:
+        line = file.readline(2**16)
+    return not line or line.startswith(b'{"step": ')
 
 
 def is_foreign(folder: Path) -> bool:
@@ -90,6 +121,8 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
         raise ValueError(f"{work}: holds an unfinished run; go on with it (--resume, resume=True) or take another folder")
     if is_finished(work):
         raise ValueError(f"{work}: holds a finished run or a model; take another folder, or move it")
+    if (work / METRICS).is_file() and not is_metrics(work / METRICS):
+        raise ValueError(f"{work / METRICS}: is no file of a run; a run would write its own here: take another folder")
     try:
         work.mkdir(parents=True, exist_ok=True)
         (work / METRICS).unlink(missing_ok=True)  # of a run that was killed before its first checkpoint

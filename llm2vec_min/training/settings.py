@@ -5,11 +5,17 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
+SCHEDULES = ("linear", "cosine")
+
 
 @dataclass
 class Settings:
     """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored. The LoRA fields are
-    for `train.py`'s call of `add_lora`; who calls `train_mntp` and the like makes that call."""
+    for `train.py`'s call of `add_lora`; who calls `train_mntp` and the like makes that call.
+
+    Raises:
+        ValueError: an unknown schedule.
+    """
 
     steps: int = 1000  # optimizer steps
     batch_size: int = 32  # sequences (supervised: triplets) per optimizer step, over all processes
@@ -35,6 +41,10 @@ class Settings:
     seed: int = 0
     eval_every: int = 0  # steps; 0: a quarter of the run
     save_every: int = 0  # steps; 0: by the clock, every SAVE_SECONDS
+
+    def __post_init__(self):
+        if self.schedule not in SCHEDULES:
+            raise ValueError(f"schedule is {self.schedule!r}, expected one of {', '.join(SCHEDULES)}")
 
 
 def get_lr(step: int, settings: Settings) -> float:

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..data import batches
-from ..device import rank, to_device, world_size
+from ..device import kept_random_state, rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..model import set_attention_dropout
 from ..pooling import pool
@@ -35,7 +35,8 @@ def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05, com
     Returns:
         Scalar, in nats.
     """
-    cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, N), in [-1, 1]
+    with torch.autocast(queries.device.type, enabled=False):  # which would round: a hundredth, divided by the temperature
+        cosines = F.normalize(queries, dim=-1) @ F.normalize(candidates, dim=-1).T  # (B, N), in [-1, 1]
     if compared is not None:
         cosines = cosines.masked_fill(~compared, -torch.inf)
     return F.cross_entropy(cosines / temperature, torch.arange(len(queries), device=queries.device))
@@ -88,8 +89,9 @@ def explain(l2v: LLM2Vec, sentences: list[str], max_length: int) -> str:
     a, b = l2v.encode(encoded, normalize=True)
     was_training = l2v.training
     l2v.train()
-    torch.manual_seed(0)
-    first, second = embed_twins(l2v, encoded[:1])
+    with kept_random_state(l2v.device):
+        torch.manual_seed(0)
+        first, second = embed_twins(l2v, encoded[:1])
     l2v.train(was_training)
     twins = F.cosine_similarity(first, second).item()
     return f"A: {sentences[0]}\nB: {sentences[1]}\ncosine of A and B {a @ b:.3f}, of A and its twin {twins:.3f}"

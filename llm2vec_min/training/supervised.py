@@ -37,24 +37,27 @@ def owners(triplets: list[Triplet]) -> np.ndarray:
     return np.concatenate([np.arange(len(triplets)), np.repeat(np.arange(len(triplets)), [len(t.negatives) for t in triplets])])
 
 
-def candidate_mask(triplets: list[Triplet], in_batch: bool = True) -> Tensor:
+def candidate_mask(triplets: list[Triplet], in_batch: bool = True, texts: list | None = None) -> Tensor:
     """Which candidates each query is compared with, (B, N) bool: its positive, and those that are wrong answers to it.
 
     A candidate equal to the query, or to any positive of the same query and instruction in the batch, is not wrong.
 
     Args:
         in_batch: whether other rows' positives and negatives are compared with, or only the query's own.
+        texts: what is equal where texts are, in the order of `flatten`; None: the texts.
     """
     right, where = defaultdict(set), defaultdict(list)  # texts that are not wrong; columns where a text stands
-    for t in triplets:
-        right[t.query, t.instruction] |= {t.query, t.positive}
-    for column, (_, text) in enumerate(flatten(triplets)[len(triplets) :]):
+    texts = [text for _, text in flatten(triplets)] if texts is None else texts
+    queries, candidates = texts[: len(triplets)], texts[len(triplets) :]
+    for t, query, positive in zip(triplets, queries, candidates, strict=False):  # the positives come first
+        right[query, t.instruction] |= {query, positive}
+    for column, text in enumerate(candidates):
         where[text].append(column)
     owner = torch.from_numpy(owners(triplets))
     row = torch.arange(len(triplets))
     compared = (owner == row[:, None]) | in_batch
     for i, t in enumerate(triplets):
-        compared[i, [column for text in right[t.query, t.instruction] for column in where.get(text, ())]] = False
+        compared[i, [column for text in right[queries[i], t.instruction] for column in where.get(text, ())]] = False
     compared[row, row] = True
     return compared
 
@@ -178,7 +181,9 @@ def train_supervised(
     for step in loop:
         batch = [triplets[i] for i in order[step]]  # that of all processes
         encoded = l2v.tokenize(flatten(batch), max_length=settings.max_length)
-        compared = to_device(candidate_mask(batch, settings.in_batch_negatives), l2v.device)
+        seen = [row.ids[row.pooled].tobytes() for row in encoded]  # long texts may differ only behind the cut
+        compared = candidate_mask(batch, settings.in_batch_negatives) & candidate_mask(batch, settings.in_batch_negatives, seen)
+        compared = to_device(compared, l2v.device)
         mine, where = share_out([len(row.ids) for row in encoded])
         places = to_device(torch.from_numpy(where), l2v.device)
         size = settings.micro_batch_size or len(mine)

@@ -179,6 +179,8 @@ def draw(sets: list[DataSet], settings: Settings) -> list[np.ndarray]:
         ValueError: a data set that is smaller than a batch, or has nothing to tell apart.
     """
     for name, triplets, _ in sets:
+        if wrong := next((t for t in triplets if isinstance(t.negatives, str)), None):
+            raise ValueError(f"data set {name}: negatives is {wrong.negatives!r:.60}, expected a tuple of texts")
         if len(triplets) < settings.batch_size:
             raise ValueError(f"data set {name} has {len(triplets)} triplets, fewer than --batch-size {settings.batch_size}: "
                              "lower that, or join small data sets in one file")  # fmt: skip

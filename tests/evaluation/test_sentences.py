@@ -3,6 +3,7 @@
 import gzip
 import json
 import lzma
+import os
 import tracemalloc
 
 import numpy as np
@@ -289,12 +290,13 @@ def test_a_limit_that_leaves_one_label_has_no_score(l2v):
 
 
 def test_undefined_scores_are_null(tmp_path, capsys):
-    (tmp_path / "p.tsv").write_text("1\ta cat\ta dog\n1\ta dog\ta cat\n")  # one gold score
+    (tmp_path / "p.tsv").write_text("1\ta cat\ta dog\n0\ta cat\ta dog\n")  # one cosine
     main(["--tasks", f"sts:{tmp_path}/p.tsv", "--json", str(tmp_path / "o.json"), "--device", "cpu"])
     assert json.loads((tmp_path / "o.json").read_text())[f"sts:{tmp_path}/p.tsv"]["spearman"] == dict.fromkeys(
         ("value", "low", "high")
     )
-    assert "undefined" in capsys.readouterr().out
+    shown = capsys.readouterr().out
+    assert "| undefined |" in shown and "undefined: the model gives every row the same" in shown
 
 
 CORPUS, QUERIES = '{"_id": "d", "text": "x"}\n', '{"_id": "q", "text": "x"}\n'
@@ -314,12 +316,13 @@ BEIR = {"corpus.jsonl": CORPUS, "queries.jsonl": QUERIES, "qrels.tsv": ""}
         ("sts:a", {}, "a: not a readable text file"),
         ("sts:a.xz", {"a.xz": "plain"}, "a.xz: not a readable text file"),
         ("pairs:a", {"a": "1\tb\tc\n2\tb\tc\n"}, "a:2: found the label '2', expected 1 or 0"),
-        ("pairs:a", {"a": "1\tb\tc\n1\tb\td\n"}, "a: every label is 1, expected pairs with 1 and pairs with 0"),
+        ("pairs:a", {"a": "1\tb\tc\n1\tb\td\n"}, "a: every score is 1, expected different ones"),
         ("classification:a,b", {"a": "x\tt\ny\tt\n", "b": "x\tt\nz\tt\n"}, "b:2: found the label 'z'.* expected one of x, y"),
         ("classification:a,b", {"a": "x\tt\ny\tt\n", "b": "x\tt\n"}, "a:2: found the label 'y', which does not occur in .*b"),
         ("classification:a,b", {"a": "x\tt\ny\n", "b": "x\tt\n"}, "a:2: found 'y', expected label<tab>text"),
         ("classification:a", {"a": "x\tt\n"}, "expected two files, TRAIN,TEST"),
         ("classification:a,b", {"a": "x\tt\n", "b": "x\tu\n"}, "a: every label is 'x', expected at least 2 different ones"),
+        ("classification:a,b", {"a": "label\tText\nx\tt\ny\tt\n", "b": "x\tt\n"}, "a:1: found the header 'label<tab>Text'"),
         ("clustering:a", {"a": "\n\n"}, "a: no text in it"),
         ("clustering:a", {"a": "x\tt\nx\tu\n"}, "a: 1 different labels on 2 lines, expected at least 2"),
         ("clustering:a", {"a": "x\tt\ny\tu\n"}, "a: 2 different labels on 2 lines"),
@@ -380,6 +383,26 @@ def test_bad_flags(files, flags, message):
     flags = [flag.replace("{sts}", f"{files}/sts.tsv") for flag in flags]
     with pytest.raises(ValueError, match=message):
         main(["--tasks", f"sts:{files}/sts.tsv", *flags, "--device", "cpu"])
+
+
+def test_a_folder_that_cannot_be_written_is_said_first(files, monkeypatch):
+    monkeypatch.setattr(os, "access", lambda path, mode: False)
+    with pytest.raises(ValueError, match="out.json: nothing can be written in its folder"):
+        main(["--tasks", f"sts:{files}/sts.tsv", "--json", f"{files}/out.json"])
+
+
+def test_scores_that_are_there_are_shown_when_another_model_fails(files, tmp_path, monkeypatch, capsys):
+    from_pretrained = LLM2Vec.from_pretrained
+
+    def load(name, **options):
+        if name == "tiny-mntp":
+            raise OSError("disk full")
+        return from_pretrained(name, **options)
+
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", load)
+    with pytest.raises(OSError, match="disk full"):
+        main(["--compare", "tiny", "tiny-mntp", "--tasks", f"sts:{files}/sts.tsv", "--device", "cpu"])
+    assert "| sts sts | spearman | " in capsys.readouterr().out
 
 
 def test_a_sample_is_drawn_from_the_whole_file():

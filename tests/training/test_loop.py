@@ -10,6 +10,7 @@ import safetensors
 import torch
 from safetensors.torch import load_file, save_file
 
+import llm2vec_min.model as model_file
 from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_pairs, read_split
@@ -497,6 +498,129 @@ def test_more_numbers_for_the_metrics(tmp_path):
     assert [(line["scale"], line["other"], line["step"]) for line in lines] == [(0.5, 2, 1), (1.5, 2, 2)]
     with pytest.raises(ValueError, match="lr is a number of the loop's own"):
         loop.update(loss, 1, lr=1.0)
+
+
+def test_gradients_from_before_do_not_enter_the_first_step():
+    """Of another loss, or of a step that failed."""
+    runs = []
+    for spoiled in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.Linear(2, 2)
+        if spoiled:
+            model.weight.grad = torch.full((2, 2), 1000.0)
+        for _ in (loop := Loop(model, Settings(steps=2, lr=0.1), quiet=True)):
+            model(torch.tensor([[1.0, -1.0]])).sum().backward()
+            loop.update(torch.tensor(1.0), 1)
+        runs.append(model.state_dict())
+    assert same(*runs)
+
+
+def test_how_a_loop_leaves_the_model_and_the_random_numbers():
+    model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.Dropout())
+    torch.manual_seed(5)
+    expected = torch.rand(3)
+    torch.manual_seed(5)
+    for _ in (loop := Loop(model, Settings(steps=2), quiet=True)):
+        model(torch.ones(1, 2)).sum().backward()
+        loop.update(torch.tensor(1.0), 1)
+    assert not model.training and torch.equal(torch.rand(3), expected)
+    with pytest.raises(Killed):
+        for _ in Loop(model, Settings(steps=2), quiet=True):
+            assert model.training
+            raise Killed
+    assert not model.training
+    for _ in Loop(model, Settings(steps=2), quiet=True):
+        break
+    assert not model.training
+
+
+@pytest.mark.parametrize("stage", ["mntp", "simcse"])
+def test_gradient_checkpointing_is_a_setting(model_folder, stage, monkeypatch):
+    calls, checkpoint = [], model_file.checkpoint
+    monkeypatch.setattr(model_file, "checkpoint", lambda *args, **options: calls.append(1) or checkpoint(*args, **options))
+    plain, _ = train(model_folder, stage)
+    assert not calls
+    l2v, _ = train(model_folder, stage, settings=dict(gradient_checkpointing=True))
+    assert len(calls) == QUICK["steps"] * len(l2v.decoder.layers)
+    assert same(weights(plain), weights(l2v))
+
+
+def test_a_resumed_loop_keeps_buffers(tmp_path):
+    """A head's running means, say."""
+
+    def run(folder, stop=None, resume=False):
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        loop = Loop(model, Settings(steps=4, save_every=2, lr=0.1), folder, resume=resume, quiet=True)
+        for step in loop:
+            if step == stop:
+                break
+            model(torch.randn(4, 2)).square().sum().backward()
+            loop.update(torch.tensor(1.0), 1)
+        return model.state_dict()
+
+    whole = run(tmp_path / "whole")
+    run(tmp_path / "part", stop=3)
+    resumed = run(tmp_path / "part", resume=True)
+    assert whole["1.num_batches_tracked"] == 4 and same(whole, resumed)
+
+
+def test_a_run_that_has_nothing_left_to_learn_has_no_result(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    loop = Loop(model, Settings(steps=7), tmp_path / "run", quiet=True)
+    with pytest.raises(ValueError, match="exactly 0 in the last 5 of 7 steps: the model has collapsed"):
+        for step in loop:
+            ((step < 2) * model(torch.ones(1, 2)).sum()).backward()
+            loop.update(torch.tensor(1.0), 1)
+
+
+def test_metrics_are_json_where_a_score_is_undefined(tmp_path):
+    model = torch.nn.Linear(2, 2)
+    loop = Loop(model, Settings(steps=1), tmp_path / "run", evaluate=lambda: {"spearman": float("nan")}, quiet=True)
+    for _ in loop:
+        model(torch.ones(1, 2)).sum().backward()
+        loop.update(torch.tensor(1.0), 1)
+    lines = (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+    assert lines[0] == '{"step": 0, "spearman": null}' and len(lines) == 3
+
+
+def test_a_file_named_like_the_metrics_stays(tmp_path):
+    (tmp_path / "metrics.jsonl").write_text("my own\n")
+    with pytest.raises(ValueError, match="metrics.jsonl: is no file of a run"):
+        next(iter(Loop(torch.nn.Linear(2, 2), Settings(steps=1), tmp_path, quiet=True)))
+    assert (tmp_path / "metrics.jsonl").read_text() == "my own\n"
+
+
+def test_an_unknown_schedule():
+    with pytest.raises(ValueError, match="schedule is 'constant', expected one of linear, cosine"):
+        Settings(schedule="constant")
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.csv", b"a,b\n", "a.csv: is a table, expected .txt"),
+        ("a.tsv.gz", b"", "a.tsv.gz: is a table"),
+        ("a.txt", b"BZh91AY", "a.txt: holds bzip2 data, expected plain text"),
+        ("a.txt", gzip.compress(b"a"), "a.txt: holds gzip data"),
+        ("a.txt", "a\n".encode("utf-32"), "a.txt: is UTF-32, expected UTF-8 .iconv -f utf-32"),
+    ],
+)
+def test_files_that_are_no_text(tmp_path, name, content, message):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(ValueError, match=message):
+        read_lines([tmp_path / name])
+
+
+def test_ndjson_is_jsonl(tmp_path):
+    (tmp_path / "a.ndjson").write_text('{"text": "one"}\n"two"\n')
+    assert read_lines([tmp_path / "a.ndjson"]) == ["one", "two"]
+
+
+def test_too_few_lines_to_hold_some_out(tmp_path):
+    (tmp_path / "a.txt").write_text("one\ntwo\n")
+    with pytest.raises(ValueError, match="a.txt: 2 lines, expected at least 3: every 3th is held out"):
+        read_split([tmp_path / "a.txt"], every=3)
 
 
 def test_a_run_is_not_trained_over(model_folder, tmp_path):

@@ -73,6 +73,28 @@ def test_loss_by_hand(case, in_batch):
     assert supervised_loss(vectors, compared).item() == pytest.approx(expected, rel=1e-4, abs=1e-4)
 
 
+def test_texts_that_differ_behind_the_cut_are_equal(model_folder, monkeypatch):
+    """To the model they are one; only a wrong answer that it can tell apart is compared with."""
+    head = " ".join(TEXTS[:3])
+    rows = [Triplet("one", f"{head} x", ("other",)), Triplet("two", f"{head} y", ("none",))]
+    seen, loss = [], supervised.supervised_loss
+    monkeypatch.setattr(
+        supervised, "supervised_loss", lambda vectors, compared, *more: seen.append(compared) or loss(vectors, compared, *more)
+    )
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    add_lora(l2v.decoder, r=2)
+    for length in (8, 512):
+        settings = Settings(steps=1, batch_size=2, max_length=length)
+        supervised.train_supervised(l2v, [DataSet("some", rows)], settings, quiet=True)
+    cut, whole = (sorted(compared.tolist()) for compared in seen)
+    assert cut == [[False, True, True, True], [True, False, True, True]] and whole == [[True] * 4] * 2
+
+
+def test_negatives_that_are_one_string():
+    with pytest.raises(ValueError, match="data set some: negatives is 'bad', expected a tuple of texts"):
+        draw([DataSet("some", [Triplet("q", "p", "bad")] * 4)], Settings(batch_size=2))
+
+
 def test_what_the_cases_hold():
     """The reference above does tell them apart."""
     numbers = {case: by_hand(triplets)[1] for case, triplets in CASES.items()}
