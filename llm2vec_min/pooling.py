@@ -38,5 +38,5 @@ def pool(hidden: Tensor, pool_mask: Tensor, mode: str = "mean") -> Tensor:
     else:
         raise ValueError(f"pooling is {mode!r}, expected one of {', '.join(POOLING_MODES)}")
     weights = weights / weights.sum(dim=1, keepdim=True).clamp(min=1)  # (B, T); rows sum to 1, or to 0 if empty
-    with torch.autocast(hidden.device.type, enabled=False):  # which would round
+    with torch.autocast(hidden.device.type, enabled=False):  # it would round
         return torch.einsum("bt,btc->bc", weights, hidden)
