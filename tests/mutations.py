@@ -108,7 +108,7 @@ MUTATIONS = [
     (f"{P}/training/loop.py", "self.generator = seed_torch(s.seed, self.step)", "self.generator = seed_torch(s.seed)", f"{LO} {SE}"),
     (f"{P}/training/loop.py", "self.settings.seed, self.step, rank() + 1, part)", "self.settings.seed, self.step, 1, part)", f"{DI} {SE}"),
     (f"{P}/training/loop.py", "group[\"lr\"] = self.lr", "pass", f"{LO} {SE}"),
-    (f"{P}/encoder.py", "                if self._encoding == 0:\n                    self.decoder.train(self._was_training)", "                self.decoder.train(self._was_training)", E),
+    (f"{P}/encoder.py", "if threads > 1:", "if False:", E),
     (f"{P}/encoder.py", "key=lambda i: -lengths[i]", "key=lambda i: lengths[i]", f"{E} {PR}"),
     # ---- every field of Settings, ignored ----
     (f"{P}/training/loop.py", "range(self.start, s.steps)", "range(self.start, 7)", SE),
