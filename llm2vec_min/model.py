@@ -105,7 +105,8 @@ def attention_mask(
 # ---- Attention, and the noise that SimCSE lives on ----
 
 
-SHORT = 256  # tokens: on a CPU, rows up to this length mostly are faster without torch's attention kernel
+# on a CPU, bytes of a number (bfloat16, float32) -> tokens of the longest rows that are faster without torch's attention kernel
+SHORT = {2: 512, 4: 128}
 
 
 def attend(
@@ -123,7 +124,7 @@ def attend(
     (B, H, T, D), K = q.shape, k.shape[1]
     noise = noise if training else 0.0
     # where torch's CPU kernel is slow, with dropout or on short rows: written out below
-    by_hand = q.device.type == "cpu" and (noise > 0 or T <= SHORT)
+    by_hand = q.device.type == "cpu" and (noise > 0 or T <= SHORT.get(q.element_size(), 0))
     if not by_hand:
         # a GPU's fast kernels for masks, and for float32, want as many key heads as query heads
         if H != K and (mask is not None or q.is_cuda and q.dtype == torch.float32):

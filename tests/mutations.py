@@ -171,7 +171,7 @@ MUTATIONS = [
     (f"{P}/files.py", "LOCK_EX | (0 if wait else fcntl.LOCK_NB)", "LOCK_EX | fcntl.LOCK_NB", W),
     (f"{P}/training/loop.py", "if broken or flat or 2 * self.skipped", "if 2 * self.skipped", "tests/test_cli.py"),
     (f"{P}/training/loop.py", "2 * self.skipped > steps", "self.skipped == self.settings.steps", LO),
-    (f"{P}/training/memory.py", "noisy or T <= SHORT", "noisy or T < SHORT", "tests/training/test_memory.py"),
+    (f"{P}/training/memory.py", "noisy or T <= SHORT[size]", "noisy or T < SHORT[size]", "tests/training/test_memory.py"),
     (f"{P}/training/memory.py", "(3 if noisy else 1) * size", "size", "tests/training/test_memory.py"),
     (f"{P}/training/mntp.py", "settings.batch_size // world_size()  # as many as in training", "settings.batch_size", LO),
     (f"{P}/hub.py", '    "adapters/*/adapter_config.json",  # the earlier stages of a run\n', "", "tests/test_hub_server.py"),

@@ -84,6 +84,6 @@ def like_a_gpu(monkeypatch) -> None:
 
     monkeypatch.setattr("llm2vec_min.model.dropout", dropout)
     monkeypatch.setattr("llm2vec_min.lora.dropout", dropout)
-    monkeypatch.setattr("llm2vec_min.model.SHORT", 0)  # no attention by hand; with attention dropout it would be all the same
+    monkeypatch.setattr("llm2vec_min.model.SHORT", {})  # no attention by hand; with attention dropout it would be all the same
     monkeypatch.setattr("llm2vec_min.model.swiglu", FusedSwiGLU.apply)
     monkeypatch.setattr(F, "rms_norm", lambda x, shape, weight, eps: FusedNorm.apply(x, weight))

@@ -16,7 +16,7 @@ TOLERANCE = dict(rtol=1e-5, atol=1e-5)
 def attention(request, monkeypatch):
     """Written out, as for a CPU's short rows; and by torch's kernel, as for its long ones."""
     if request.param == "kernel":
-        monkeypatch.setattr(ours, "SHORT", 0)
+        monkeypatch.setattr(ours, "SHORT", {})
 
 
 @pytest.mark.parametrize("variant", ["llama", "llama-linear-rope", "llama-llama3-rope", "llama-head-dim"])
@@ -211,7 +211,7 @@ def test_attention_by_hand_is_torchs(causal, padding, monkeypatch):
     q, k, v = (torch.randn(3, heads, 11, 8) for heads in (4, 2, 2))
     mask = attention_mask(random_batch(padding=padding)[1], 11, causal=causal)
     by_hand = ours.attend(q, k, v, mask, causal)
-    monkeypatch.setattr(ours, "SHORT", 0)
+    monkeypatch.setattr(ours, "SHORT", {})
     expected = ours.attend(q, k, v, mask, causal)
     torch.testing.assert_close(by_hand, expected, **TOLERANCE)
     torch.manual_seed(0)
@@ -226,9 +226,9 @@ def test_short_rows_do_without_torchs_kernel(training, dtype, monkeypatch):
     def attend(T: int) -> None:
         ours.attend(*(torch.randn(1, 2, T, 8, dtype=dtype) for _ in "qkv"), None, True, 0.0, training)
 
-    attend(ours.SHORT)
+    attend(ours.SHORT[dtype.itemsize])
     with pytest.raises(TypeError, match="not callable"):
-        attend(ours.SHORT + 1)
+        attend(ours.SHORT[dtype.itemsize] + 1)
 
 
 @pytest.mark.parametrize("padding", [None, "right"])
@@ -240,7 +240,7 @@ def test_attention_by_hand_in_bfloat16(causal, padding, monkeypatch):
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
     result = ours.attend(*tensors, mask, causal, 0.0, True)
     result.double().square().sum().backward()
-    monkeypatch.setattr(ours, "SHORT", 0)
+    monkeypatch.setattr(ours, "SHORT", {})
     expected = ours.attend(*exact, mask, causal, 0.0, True)
     expected.square().sum().backward()
     loose = dict(rtol=5e-2, atol=5e-2)
@@ -293,7 +293,7 @@ def test_known_bugs_break_parity(both, monkeypatch):
         patch.setattr(ours.RMSNorm, "forward", lambda self, x: F.rms_norm(x, x.shape[-1:], eps=self.eps))
         assert error() > 0.5, "norm weights not loaded"
     with monkeypatch.context() as patch:
-        patch.setattr(ours, "SHORT", 0)
+        patch.setattr(ours, "SHORT", {})
         assert error() < 1e-4
         patch.setattr(torch.Tensor, "repeat_interleave", lambda x, n, dim: x.repeat(1, n, 1, 1))
         assert error() > 0.5, "query heads on the wrong key heads"

@@ -133,7 +133,7 @@ def plan(
     # ---- memory ----
     kept = kept_per_token(config, settings, size, on_gpu) * tokens
     noisy = is_simcse and settings.attention_dropout > 0
-    if not on_gpu and (noisy or T <= SHORT):  # `attend` by hand: the probabilities; with dropout also factors and product
+    if not on_gpu and (noisy or T <= SHORT[size]):  # `attend` by hand: the probabilities; with dropout also factors and product
         kept += rows * config.num_attention_heads * T * T * (3 if noisy else 1) * size
     states = tokens * C * size
     whole = layers if not sharded else layers / processes + 2 * count["layer"]  # two: one runs, the next one arrives
