@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import shutil
+from fnmatch import fnmatch
 from pathlib import Path
 
 from ..files import check_file, read_json, replace_folder, write_json
@@ -16,7 +17,8 @@ from .settings import Settings
 
 ARGUMENTS = "train_args.json"
 METRICS = "metrics.jsonl"
-OWN = {"config.json", "adapters", "llm2vec_config.json", "adapter_config.json", "adapter_model.safetensors", "README.md"}
+OWN = ("config.json", "llm2vec_config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "tokenizer*", "*.jinja",
+       "special_tokens_map.json", "added_tokens.json", "train_args.json", "metrics.jsonl", "checkpoint*", "*.part", ".*", "README.md")  # fmt: skip
 FREE = ("output", "eval", "eval_every", "save_every")  # the weights do not depend on them
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
 
@@ -72,21 +74,8 @@ def is_run(folder: Path) -> bool:
 
 
 def is_own(path: Path) -> bool:
-    """Something that a run writes into its folder, by the name."""
-    if path.is_dir():
-        return path.name == "adapters"
-    begins = (
-        "train_args.",
-        "metrics.",
-        "checkpoint",
-        "model.",
-        "model-",
-        "tokenizer",
-        "special_tokens",
-        "added_tokens",
-        ".tmp",
-    )
-    return path.name in OWN or path.name.startswith(begins) or path.suffix == ".part"
+    """By its name something that a run writes into its folder, or the system or the hub beside it."""
+    return path.name == "adapters" if path.is_dir() else any(fnmatch(path.name, pattern) for pattern in OWN)
 
 
 def is_metrics(path: Path) -> bool:
