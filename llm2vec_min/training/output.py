@@ -17,8 +17,8 @@ from .settings import Settings
 
 ARGUMENTS = "train_args.json"
 METRICS = "metrics.jsonl"
-OWN = ("config.json", "llm2vec_config.json", "generation_config.json", "adapter_*", "model*.safetensors*", "tokenizer*", "*.jinja",
-       "special_tokens_map.json", "added_tokens.json", "train_args.json", "metrics.jsonl", "checkpoint*", "*.part", ".*", "README.md")  # fmt: skip
+OWN = ("*config.json", "adapter_model*", "model*.safetensors*", "tokenizer*", "*_tokens*.json", "*.jinja", "README.md",
+       ARGUMENTS, METRICS, "checkpoint*", "*.part", ".*")  # fmt: skip
 FREE = ("output", "eval", "eval_every", "save_every")  # the weights do not depend on them
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
 
