@@ -160,3 +160,12 @@ def test_symmetric(monkeypatch, tmp_path, flags, expected):
         train.main(["--stage", "supervised", "--data", str(tmp_path / "a.jsonl"), "--ratio", "a=2", *flags, "--eval", "",
                     "--output", str(tmp_path / "run"), "--device", "cpu"])  # fmt: skip
     assert calls == [(([str(tmp_path / "a.jsonl")], expected, ["a=2"]), {})]
+
+
+def test_the_card_has_the_last_score_not_the_best(monkeypatch, tmp_path):
+    (tmp_path / "metrics.jsonl").write_text('{"step": 1, "spearman": 77.7}\n{"step": 2, "spearman": 55.5}\n')
+    seen = []
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", lambda *a, **o: None)
+    monkeypatch.setattr(export, "export_model", lambda *a, **o: seen.append(o["scores"]))
+    export.main(["--model", str(tmp_path), "--output", "out"])
+    assert [list(scores.values()) for scores in seen] == [[55.5]]

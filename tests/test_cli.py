@@ -5,6 +5,7 @@ import fcntl
 import json
 import os
 import re
+import stat
 import subprocess
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ from conftest import TEXTS
 from llm2vec_min import LLM2Vec
 from llm2vec_min.config import PRESETS
 from llm2vec_min.data import read_lines
-from llm2vec_min.files import locked
+from llm2vec_min.files import locked, replace_folder, write_json
 from llm2vec_min.hub import find_preset
 from llm2vec_min.interop import export
 from llm2vec_min.training.flags import build_parser
@@ -868,3 +869,72 @@ def test_an_adapter_on_top_brings_its_direction_or_is_refused(runs, files, model
         LLM2Vec.from_pretrained(model_folder, adapters=[simcse])
     train.main([*flags_of(files, model_folder, tmp_path / "causal"), "--causal"])
     assert LLM2Vec.from_pretrained(model_folder, adapters=[tmp_path / "causal"]).causal is True
+
+
+def test_a_replacement_that_fails_keeps_the_old_folder(tmp_path, monkeypatch):
+    for name in ("old", "new"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / f"{name}.txt").write_text("x")
+    replace = os.replace
+
+    def full(a, b):
+        if a == tmp_path / "new":
+            raise OSError("no space left")
+        replace(a, b)
+
+    monkeypatch.setattr(os, "replace", full)
+    with pytest.raises(OSError):
+        replace_folder(tmp_path / "new", tmp_path / "old")
+    assert {path.name for path in tmp_path.rglob("*.txt")} == {"old.txt", "new.txt"}
+
+
+def test_a_file_is_on_the_disk_before_it_takes_its_place(tmp_path, monkeypatch):
+    fsync, replace, did = os.fsync, os.replace, []
+    monkeypatch.setattr(
+        os, "fsync", lambda n: did.append("folder" if stat.S_ISDIR(os.fstat(n).st_mode) else "file") or fsync(n)
+    )
+    monkeypatch.setattr(os, "replace", lambda *paths: did.append("rename") or replace(*paths))
+    write_json(tmp_path / "a.json", {})
+    assert did == ["file", "rename", "folder"]
+
+
+def test_a_chunk_is_done_only_when_its_vectors_are_on_the_disk(tmp_path, monkeypatch):
+    (tmp_path / "t.txt").write_text("".join(f"text {i}\n" for i in range(8)))
+    argv = ["--model", "tiny", "--input", str(tmp_path / "t.txt"), "--device", "cpu", "--batch-size", "4", "--output"]
+    monkeypatch.setattr(embed, "CHUNK", 1)
+    embed.main([*argv, str(tmp_path / "whole.npy")])
+    flush = np.memmap.flush
+
+    def power_cut(self):
+        if self.dtype == np.float32 and self.any():
+            self[:] = 0  # what was not on the disk yet
+            raise KeyboardInterrupt
+        flush(self)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(np.memmap, "flush", power_cut)
+        embed.main([*argv, str(tmp_path / "x.npy")])
+    embed.main([*argv, str(tmp_path / "x.npy")])
+    np.testing.assert_array_equal(np.load(tmp_path / "x.npy"), np.load(tmp_path / "whole.npy"))
+
+
+def test_a_text_that_changed_without_growing_is_not_continued(tmp_path, monkeypatch):
+    text = tmp_path / "t.txt"
+    text.write_text("".join(f"text {i}\n" for i in range(8)))
+    argv = [
+        "--model",
+        "tiny",
+        "--input",
+        str(text),
+        "--device",
+        "cpu",
+        "--batch-size",
+        "4",
+        "--output",
+        str(tmp_path / "x.npy"),
+    ]
+    embed_interrupted(monkeypatch, argv)
+    text.write_text("".join(f"next {i}\n" for i in range(8)))
+    os.utime(text, (1, 1))
+    with pytest.raises(ValueError, match="with other arguments .*modified was"):
+        embed.main(argv)

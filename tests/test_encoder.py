@@ -608,3 +608,25 @@ def test_training_reads_as_use_does(model_folder):
             np.testing.assert_allclose(l2v.embed(TEXTS[:4]).numpy(), expected, atol=1e-5)
             for twin in embed_twins(l2v, l2v.tokenize(TEXTS[:4])):
                 np.testing.assert_allclose(twin.numpy(), expected, atol=1e-5)
+
+
+def test_one_text_has_as_many_numbers_as_asked(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu")
+    for normalize in (False, True):
+        np.testing.assert_array_equal(
+            l2v.encode("a cat", dim=8, normalize=normalize), l2v.encode(["a cat"], dim=8, normalize=normalize)[0]
+        )
+
+
+def test_a_folders_own_template_beats_its_presets(model_folder, tmp_path):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu", template=("<", ">"))
+    l2v.preset = "mistral-7b"
+    l2v.save(tmp_path / "merged")
+    assert LLM2Vec.from_pretrained(tmp_path / "merged", device="cpu").template == ("<", ">")
+
+
+def test_an_adapters_settings_beat_the_models(model_folder, tmp_path):
+    first = bare(tmp_path / "first", model_folder, 1, pooling_mode="max", max_length=33)
+    second = bare(tmp_path / "second", model_folder, 2, pooling_mode="last_token")
+    l2v = LLM2Vec.from_pretrained(first, adapters=[second], device="cpu")
+    assert (l2v.pooling, l2v.max_length) == ("last", 33)

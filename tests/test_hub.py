@@ -240,3 +240,11 @@ def test_what_no_file_can_be_called(tmp_path, field):
     assert find_preset(tmp_path) is find_preset("x" * 10_000) is None
     with pytest.raises(ValueError):
         find_chain("x" * 10_000)
+
+
+def test_offline_the_revision_counts_too(monkeypatch, tmp_path):
+    asked = []
+    monkeypatch.setattr(huggingface_hub.constants, "is_offline_mode", lambda: True)
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", lambda **options: asked.append(options) or str(tmp_path))
+    resolve("some/model@v2")
+    assert [(o["repo_id"], o["revision"], o["local_files_only"]) for o in asked] == [("some/model", "v2", True)]

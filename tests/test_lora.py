@@ -105,3 +105,9 @@ def test_merging_lets_each_unmerged_weight_go_at_once(decoder, monkeypatch):
     monkeypatch.setattr(LoRALinear, "merged", counted)
     merge_lora(decoder)
     assert alive == list(range(len(chosen), 0, -1))
+
+
+def test_a_fresh_A_is_as_wide_as_pefts():
+    torch.manual_seed(0)
+    A = LoRALinear(nn.Linear(256, 8), r=64, alpha=1, dropout=0.0).lora_A.weight
+    assert 0.95 * 256**-0.5 < A.abs().max() <= 256**-0.5

@@ -23,8 +23,9 @@ from llm2vec_min.config import PRESETS
 from llm2vec_min.data import iter_lines, pack_blocks, read_pairs
 from llm2vec_min.evaluation import sts_score
 from llm2vec_min.hub import find_preset
+from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training.flags import build_parser, default_data
-from llm2vec_min.training.pretrain import next_token_loss
+from llm2vec_min.training.pretrain import next_token_loss, train_tokenizer
 from llm2vec_min.training.triplets import read_triplets
 from llm2vec_min.weights import load_language_model
 
@@ -242,3 +243,9 @@ def test_the_ladder(tmp_path):
     for rung, values in scores.items():
         measured = np.array([row["shipped"] for row in RESULTS[rung].values()])
         assert abs(values[0] - measured.mean()) < 5 * measured.std() + 0.5, rung
+
+
+def test_a_tokenizer_of_ones_own_reads_digits_one_by_one(tmp_path):
+    train_tokenizer(["in 1984 and 1984", "1984 snake_case"] * 20, 300, tmp_path)
+    tokenizer = Tokenizer(tmp_path)
+    assert [piece for piece in tokenizer.pieces(tokenizer.encode(["1984"])[0].ids)][-4:] == list("1984")

@@ -137,3 +137,20 @@ def test_padding_truncation_and_dropout_of_the_file_are_off(tmp_path):
         (tmp_path / change).mkdir()
         backend.save(str(tmp_path / change / "tokenizer.json"))
         assert [row.ids.tolist() for row in Tokenizer(tmp_path / change).encode(texts)] == expected, change
+
+
+def test_an_added_word_is_no_special_token(tmp_path):
+    backend = Tokenizer(write_tokenizer(tmp_path, "llama-2")).backend
+    backend.add_tokens(["zebra"])
+    backend.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = Tokenizer(tmp_path)
+    assert {backend.id_to_token(id) for id in tokenizer.special_ids} == {"<unk>", "<s>", "</s>"}, "MNTP may mask the word"
+
+
+def test_a_text_of_which_nothing_would_be_left_is_refused(tokenizer_folder):
+    tokenizer, around = Tokenizer(tokenizer_folder), dict(instruction="Find:", prefix="[", suffix="]")
+    (whole,) = tokenizer.encode([TEXTS[0]], **around)
+    least = len(whole.ids) - whole.pooled.sum() + 1
+    assert tokenizer.encode([TEXTS[0]], max_length=least, **around)[0].pooled.sum() == 1
+    with pytest.raises(ValueError, match="no room for the text"):
+        tokenizer.encode([TEXTS[0]], max_length=least - 1, **around)

@@ -599,3 +599,18 @@ def test_what_a_file_leaves_out_is_what_transformers_assumes(family):
     for name in ("num_key_value_heads", "rms_norm_eps", "max_position_embeddings", "tie_word_embeddings", "sliding_window"):
         assert getattr(mine, name) == getattr(theirs, name, None), name
     assert mine.rope_theta == theirs.rope_parameters["rope_theta"]
+
+
+def test_an_adapter_stored_in_bfloat16_is_merged_in_float32(reference, tmp_path):
+    decoder = load_decoder(reference("llama")[1])
+    before = decoder.layers[0].mlp.up_proj.weight.clone()
+    add_lora(decoder, r=4, alpha=8)
+    randomize(decoder)
+    config, tensors = adapter_of(decoder, "x")
+    tensors = {name: tensor.bfloat16() for name, tensor in tensors.items()}
+    save_adapter(tmp_path, config, tensors)
+    loaded = load_decoder(reference("llama")[1])
+    load_adapter(loaded, tmp_path)
+    merge_lora(loaded)
+    A, B = (tensors[f"base_model.model.layers.0.mlp.up_proj.lora_{c}.weight"].float() for c in "AB")
+    torch.testing.assert_close(loaded.layers[0].mlp.up_proj.weight, before + 2 * B @ A, rtol=1e-6, atol=1e-6)

@@ -87,3 +87,12 @@ def test_bad_triples(tmp_path):
     (tmp_path / "t.tsv").write_text("a\tb\tc\td\na\tb\tc\n")
     with pytest.raises(ValueError, match="t.tsv:2: found .*expected A<tab>B<tab>C<tab>D"):
         analysis.read_triples(tmp_path / "t.tsv")
+
+
+def test_the_lens_looks_the_encoders_way():
+    both = LLM2Vec.from_pretrained("tiny", device="cpu", lm_head=True)
+    text = "The capital of the country is"
+    ids = torch.from_numpy(both.tokenizer.encode([text])[0].ids)[None]
+    with torch.no_grad():
+        last = both.lm_head(both.decoder(ids, causal=False))[0]
+    assert analysis.logit_lens(both, text, top=2)[1][-1] == [both.tokenizer.pieces(row.topk(2).indices) for row in last]

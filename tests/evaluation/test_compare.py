@@ -252,3 +252,15 @@ def test_the_mean_row_is_of_each_tasks_first_metric():
     a, b, other = (np.full(5, x) + np.arange(5) for x in (1.0, 2.0, 90.0))
     value, draws = compare.mean_row({"one": {"first": (10.0, a), "second": (99.0, other)}, "two": {"first": (30.0, b)}})
     assert value == 20 and draws.tolist() == [1.5, 2.5, 3.5, 4.5, 5.5]
+
+
+def test_a_pooling_that_is_said_holds_for_every_rung(tmp_path, monkeypatch):
+    l2v = LLM2Vec.from_pretrained("tiny", device="cpu", pooling="max")
+    add_lora(l2v.decoder, r=2)
+    l2v.save_run(tmp_path / "run", "simcse")
+    (tmp_path / "p.tsv").write_text("".join(f"{s}\t{a}\t{b}\n" for s, a, b in zip(GOLD, FIRST, SECOND, strict=True)))
+    load, seen = LLM2Vec.from_pretrained, []
+    monkeypatch.setattr(LLM2Vec, "from_pretrained", lambda *a, **o: seen.append(load(*a, **o)) or seen[-1])
+    main(["--ladder", str(tmp_path / "run"), "--pooling", "last", "--max-length", "9", "--tasks", f"sts:{tmp_path}/p.tsv",
+          "--device", "cpu"])  # fmt: skip
+    assert [(l2v.pooling, l2v.max_length) for l2v in seen] == [("last", 9)] * 3

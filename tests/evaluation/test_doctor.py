@@ -321,3 +321,12 @@ def test_mistakes(model_folder, serve):
     ):
         with pytest.raises(ValueError, match=message):
             doctor.main(["--model", str(model_folder), "--device", "cpu", *flags])
+
+
+def test_an_export_that_does_not_say_its_direction_is_causal_to_transformers(tmp_path):
+    LLM2Vec.from_pretrained("tiny", device="cpu").save(tmp_path / "x")
+    assert [check.passed for check in doctor.check_files(tmp_path / "x")] == [True]
+    config = read_json(tmp_path / "x" / "config.json")
+    del config["is_causal"]
+    write_json(tmp_path / "x" / "config.json", config)
+    assert [check.passed for check in doctor.check_files(tmp_path / "x")] == [False]

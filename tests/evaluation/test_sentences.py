@@ -425,3 +425,26 @@ def test_an_instruction_goes_before_every_text(l2v, files, task, monkeypatch):
     monkeypatch.setattr(sentences, "embed", lambda l2v, texts, told: seen.add(told) or embed(l2v, texts, told))
     evaluate(l2v, [task.format(files, files)], instructions={task.partition(":")[0]: "Tell the topic:"})
     assert seen == {"Tell the topic:"}
+
+
+def test_kmeans_begins_in_every_cluster():
+    """k-means++ draws a row by its distance to the nearest centre so far: far clusters are not left out."""
+    rng = np.random.default_rng(0)
+    places = 100 * rng.normal(size=(12, 3))
+    x = torch.tensor(np.repeat(places, 10, axis=0) + 0.01 * rng.normal(size=(120, 3)), dtype=torch.float32)
+    found = [sentences.kmeans(x, 12, torch.Generator().manual_seed(seed), most=1) for seed in range(10)]
+    assert np.mean([len(set(labels.tolist())) for labels in found]) == 12
+    assert all(len(set(labels[10 * i : 10 * i + 10].tolist())) == 1 for labels in found for i in range(12))
+
+
+def test_logistic_regression_is_fitted_to_the_end_on_features_that_say_almost_the_same():
+    """As states do: the last per cent of predictions takes many steps."""
+    rng = np.random.default_rng(0)
+    z = rng.normal(size=(4000, 6))
+    y = (z @ rng.normal(size=(6, 8)) + 0.3 * rng.normal(size=(4000, 8))).argmax(1)
+    x = (z @ rng.normal(size=(6, 64)) + 0.05 * rng.normal(size=(4000, 64))).astype(np.float32)
+    theirs = sklearn.pipeline.make_pipeline(
+        sklearn.preprocessing.StandardScaler(), sklearn.linear_model.LogisticRegression(tol=1e-8, max_iter=5000)
+    ).fit(x[:2000].astype(np.float64), y[:2000])
+    ours = sentences.logistic_regression(x[:2000], y[:2000], x[2000:])
+    assert np.mean(ours == theirs.predict(x[2000:])) >= 0.9975

@@ -242,3 +242,10 @@ def test_refused_where_an_instruction_is_read_otherwise_alone(tmp_path, monkeypa
         ValueError, match=f"the tokenizer reads the instruction {INSTRUCTION!r} otherwise before a text than alone"
     ):
         export_model(l2v, tmp_path / "out", prompts={"query": INSTRUCTION})
+
+
+def test_spaces_around_a_prompt_change_nothing(tmp_path):
+    l2v = make(tmp_path)
+    export_model(l2v, tmp_path / "out", prompts={"query": " Find texts: "})
+    vectors = SentenceTransformer(str(tmp_path / "out"), device="cpu").encode(["the cat"], prompt_name="query")
+    np.testing.assert_allclose(vectors, l2v.encode(["the cat"], " Find texts: "), rtol=1e-5, atol=1e-5)

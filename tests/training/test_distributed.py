@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from datetime import timedelta
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ from safetensors.torch import load_file
 import embed
 import train
 from conftest import TEXTS
-from llm2vec_min import LLM2Vec
+from llm2vec_min import LLM2Vec, device
 from llm2vec_min.data import pack_blocks
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
@@ -209,3 +210,16 @@ def test_chunked_logits_and_parts_of_a_batch_change_nothing(model_folder, monkey
     assert total == pytest.approx(loss.item(), rel=1e-5)
     for name, gradient in gradients(l2v).items():
         torch.testing.assert_close(gradient, expected[name], atol=1e-5, rtol=1e-5)
+
+
+def test_each_process_has_its_own_gpu_and_waits_as_long_as_asked(monkeypatch):
+    for name, value in (("WORLD_SIZE", "16"), ("RANK", "9"), ("LOCAL_RANK", "1")):
+        monkeypatch.setenv(name, value)
+    joined, chosen = [], []
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "set_device", chosen.append)
+    monkeypatch.setattr(device, "pick_device", torch.device)
+    monkeypatch.setattr(device.dist, "init_process_group", lambda backend, timeout: joined.append((backend, timeout)))
+    assert device.start_process(None, patience=24) == torch.device("cuda:1") == chosen[0]
+    device.start_process("cpu")
+    assert joined == [("nccl", timedelta(hours=24)), ("gloo", None)]

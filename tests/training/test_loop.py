@@ -3,6 +3,8 @@
 import gzip
 import json
 import sys
+import time
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -17,9 +19,11 @@ from llm2vec_min.data import batches, iter_lines, pack_blocks, read_lines, read_
 from llm2vec_min.hub import resolve_data
 from llm2vec_min.lora import add_lora
 from llm2vec_min.training import distributed, mntp
+from llm2vec_min.training import loop as loop_file
 from llm2vec_min.training.loop import Loop, checksum
 from llm2vec_min.training.mntp import held_out_score, train_mntp
-from llm2vec_min.training.output import finish_output, open_output, plan_output
+from llm2vec_min.training.output import finish_output, identify, open_output, plan_output
+from llm2vec_min.training.pretrain import held_out_loss, next_token_loss, pretrain
 from llm2vec_min.training.settings import Settings, get_lr
 from llm2vec_min.training.simcse import train_simcse
 
@@ -722,3 +726,69 @@ def test_a_column_with_gaps(tmp_path):
 
     parquet.write_table(pyarrow.table({"text": ["one", None, "two"]}), tmp_path / "a.parquet")
     assert list(iter_lines(tmp_path / "a.parquet", keep_empty=True)) == ["one", "", "two"]
+
+
+def test_batches_of_similar_length_come_in_no_order_and_in_other_company_each_epoch():
+    lengths = np.arange(1024)  # two pools of 32 batches
+    order = batches(1024, 16, seed=0, lengths=lengths)
+    epochs = [[next(order) for _ in range(64)] for _ in range(2)]
+    rising = np.mean(np.diff([lengths[rows].mean() for rows in epochs[0]]) > 0)
+    assert 0.25 < rising < 0.75, "not from short to long"
+    first, second = ({frozenset(rows.tolist()) for rows in epoch} for epoch in epochs)
+    assert not first & second
+
+
+def test_five_skipped_steps_that_are_not_in_a_row_stop_nothing(model_folder, monkeypatch):
+    poison(monkeypatch, {1, 2, 3, 5, 6})
+    _, loop = train(model_folder, "mntp", settings=dict(steps=8))
+    assert [r["step"] for r in loop.history if "loss" in r] == [1, 5, 8]
+
+
+def test_the_clock_starts_anew_with_every_checkpoint(model_folder, tmp_path, monkeypatch):
+    now, saved = [0.0], []
+    update, save = loop_file.Loop.update, loop_file.Loop._save_checkpoint
+    monkeypatch.setattr(loop_file, "time", SimpleNamespace(monotonic=lambda: now[0], perf_counter=time.perf_counter))
+
+    def slow(self, *arguments):
+        now[0] += 50  # seconds; checkpoints are 120 apart
+        update(self, *arguments)
+
+    monkeypatch.setattr(loop_file.Loop, "update", slow)
+    monkeypatch.setattr(loop_file.Loop, "_save_checkpoint", lambda self, step: saved.append(step) or save(self, step))
+    train(model_folder, "mntp", tmp_path, settings=dict(steps=10, save_every=0))
+    assert saved == [3, 6, 9]
+
+
+def test_a_file_is_known_by_all_that_is_in_it(tmp_path):
+    path = tmp_path / "a.txt"
+    path.write_bytes(b"x" * 3 * 2**20)
+    before = identify([str(path)])
+    path.write_bytes(b"x" * (3 * 2**20 - 1) + b"y")
+    assert identify([str(path)]) != before
+
+
+def test_the_checkpoint_before_alone_is_still_a_run(model_folder, tmp_path):
+    train(model_folder, "mntp", tmp_path)
+    (tmp_path / "checkpoint.safetensors").rename(tmp_path / "checkpoint-before.safetensors")  # a kill between two renames
+    with pytest.raises(ValueError, match="holds an unfinished run"):
+        open_output(tmp_path)
+    assert train(model_folder, "mntp", tmp_path, resume=True)[1].start == 4
+
+
+def test_the_loss_of_pretraining_is_transformers(both):
+    theirs, mine = both("llama")
+    ids = torch.randint(257, (5, 12), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        expected = theirs(input_ids=ids, labels=ids).loss
+        torch.testing.assert_close(next_token_loss(mine, ids), expected, rtol=1e-5, atol=1e-5)
+        assert held_out_loss(mine, ids.numpy(), 4) == pytest.approx(expected.item(), rel=1e-5), "blocks count alike"
+
+
+def test_micro_batches_of_pretraining_take_the_same_steps(both):
+    blocks = np.random.default_rng(0).integers(0, 257, (24, 12))
+    losses = []
+    for size in (0, 4):  # of 6: 4 and 2
+        settings = Settings(steps=3, batch_size=6, micro_batch_size=size, lr=1e-3)
+        model = both("llama")[1].requires_grad_(True)
+        losses.append([r["loss"] for r in pretrain(model, blocks, blocks[:6], settings, quiet=True).history if "loss" in r])
+    assert losses[0] == pytest.approx(losses[1], rel=1e-4)

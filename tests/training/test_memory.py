@@ -7,6 +7,7 @@ import torch
 from peak_memory import PeakMemory, like_a_cpu, like_a_gpu
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils.flop_counter import FlopCounterMode
 
 from conftest import VARIANTS
 from llm2vec_min.config import PAPER, PRESETS, ModelConfig
@@ -208,3 +209,21 @@ def test_the_plan_of_a_run_knows_its_dtype_and_processes(monkeypatch):
     assert shape_of_run("tiny", "cpu", None, True)[1]["processes"] == 4
     four, two = (plan_run("tiny", "mntp", settings, "cpu", dtype, False).memory["weights"] for dtype in ("float32", "bfloat16"))
     assert four == 2 * two > 0
+
+
+def test_operations_are_those_that_torch_counts():
+    config = ModelConfig(100, 64, 96, 2, 4, 2, 16)
+    decoder = Decoder(config)
+    add_lora(decoder, r=1, dropout=0.0)
+    ids = torch.zeros(3, 128, dtype=torch.int64)
+    with FlopCounterMode(display=False) as counter:
+        decoder(ids, causal=False)
+    planned = plan(config, Settings(batch_size=3, max_length=128, lora_r=1), "mntp").operations["forward"]
+    assert counter.get_total_flops() == pytest.approx(planned, rel=0.03)
+
+
+def test_two_whole_layers_are_there_at_once_however_many_share_the_rest():
+    config = make_config(*SHAPES["llama-2-7b"])
+    count = count_parameters(config)
+    many = plan(config, Settings(batch_size=1024), "simcse", processes=1024, sharded=True).memory["weights"]
+    assert many == pytest.approx(2 * (2 * count["layer"] + count["embedding"]), rel=0.05)

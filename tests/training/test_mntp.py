@@ -1,14 +1,16 @@
 """Masking statistics and the label shift, against transformers' own loss."""
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 from conftest import random_batch, run_reference
 from llm2vec_min import LLM2Vec
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import mntp
-from llm2vec_min.training.mntp import IGNORED, chosen_states, explain, mask_tokens, mntp_loss
+from llm2vec_min.training.mntp import IGNORED, chosen_states, explain, held_out_score, mask_tokens, mntp_loss
 from llm2vec_min.training.settings import Settings
 
 FIXED = dict(mask_id=5, special_ids={0, 1}, vocab_size=1000)
@@ -124,3 +126,14 @@ def test_what_is_masked_and_with_what(model_folder):
         "vocab_size": len(vocab), "probability": 0.4, "style": "all",
     }  # fmt: skip
     assert tokenizer.pad_id != found["mask_id"]
+
+
+def test_held_out_accuracy_is_the_share_of_what_was_predicted(model_folder):
+    l2v = LLM2Vec.from_pretrained(model_folder, device="cpu", lm_head=True)
+    l2v.lm_head = nn.Linear(64, 600)  # says token 9 everywhere
+    with torch.no_grad():
+        l2v.lm_head.weight.zero_(), l2v.lm_head.bias.zero_()
+        l2v.lm_head.bias[9] = 1
+    blocks = np.repeat([[9], [9], [9], [8]], 11, axis=1)
+    score = held_out_score(l2v, blocks, Settings(mask_probability=1.0, mask_style="all", batch_size=3))
+    assert score["held_out_accuracy"] == 0.75

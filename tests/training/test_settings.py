@@ -252,3 +252,15 @@ def test_pretraining_shows_the_scores_of_both_directions(start, tmp_path):
         for name, causal in (("causal", True), ("bidirectional", False))
     }
     assert scores == expected and len(set(scores.values())) == 2
+
+
+def test_a_norm_of_zero_does_not_clip(model_folder):
+    free, high = (weights(train(model_folder, "mntp", settings=dict(max_grad_norm=norm))[0]) for norm in (0.0, 1e9))
+    assert same(free, high)
+
+
+def test_pretraining_begins_with_the_weights_of_its_seed(start, tmp_path):
+    (tmp_path / "more.txt").write_text("\n".join(f"{text} {i}" for i in range(400) for text in TEXTS[:6]))
+    flags = ["--data", str(tmp_path / "more.txt"), "--vocab-size", "300", "--hidden-size", "32"]
+    first = [start(*flags, "--seed", seed, stage="pretrain")[0].model.layers[0].mlp.up_proj.weight for seed in "001"]
+    assert torch.equal(first[0], first[1]) and not torch.equal(first[0], first[2])

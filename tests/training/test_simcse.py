@@ -9,7 +9,7 @@ import torch
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
-from llm2vec_min.training import simcse
+from llm2vec_min.training import Loop, simcse
 from llm2vec_min.training.settings import Settings
 from llm2vec_min.training.simcse import backward, embed_twins, explain, info_nce, tokenize, train_simcse, twin_mask
 
@@ -141,3 +141,16 @@ def test_several_parts_are_first_read_without_a_graph(parts, expected):
     backward(embed, parts, lambda vectors: vectors.square().sum())
     assert seen == expected
     assert weight.grad.tolist() == [2.0 * sum((part + 1) ** 2 for part in range(parts))] * 4
+
+
+def test_the_seed_decides_which_sentences_are_read_and_both_twins_count(monkeypatch):
+    whole, update, seen, tokens = simcse.tokenize, Loop.update, [], []
+    monkeypatch.setattr(simcse, "tokenize", lambda l2v, texts, n: seen.append(texts) or whole(l2v, texts, n))
+    monkeypatch.setattr(Loop, "update", lambda self, loss, count: tokens.append(count) or update(self, loss, count))
+    for seed in (0, 1):
+        l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
+        add_lora(l2v.decoder, r=2)
+        sentences = [f"sentence {i}" for i in range(200)]
+        simcse.train_simcse(l2v, sentences, Settings(steps=1, batch_size=8, seed=seed), quiet=True)
+    assert set(seen[0]) != set(seen[1])
+    assert tokens[0] == 2 * sum(len(row.ids) for row in whole(l2v, seen[0], 128))

@@ -520,3 +520,11 @@ def test_data_is_needed_but_for_tiny(flags):
     del flags[4:6]
     with pytest.raises(ValueError, match="--data: give one or more .jsonl files of"):
         train.main(flags)
+
+
+def test_the_seed_decides_which_data_sets_and_which_triplets():
+    sets = [DataSet(name, PLAIN * 20) for name in "ab"]
+    one, other = (np.array(draw(sets, Settings(steps=40, batch_size=10, seed=seed))) for seed in (0, 1))
+    assert not np.array_equal(one[:, 0] < 60, other[:, 0] < 60)
+    one, other = (draw(sets[:1], Settings(steps=1, batch_size=10, seed=seed))[0] for seed in (0, 1))
+    assert not np.array_equal(one, other)
