@@ -214,7 +214,7 @@ def test_the_plan_of_a_run_knows_its_dtype_and_processes(monkeypatch):
 def test_operations_are_those_that_torch_counts():
     config = ModelConfig(100, 64, 96, 2, 4, 2, 16)
     decoder = Decoder(config)
-    add_lora(decoder, r=1, dropout=0.0)
+    add_lora(decoder, r=1, dropout=0.0)  # small: its in-place product is not counted
     ids = torch.zeros(3, 128, dtype=torch.int64)
     with FlopCounterMode(display=False) as counter:
         decoder(ids, causal=False)
