@@ -187,7 +187,7 @@ def embed_file(l2v: LLM2Vec, args: argparse.Namespace, count: int) -> None:
         for name in (done_file, header):
             name.unlink()
         if empty:
-            print(f"{empty} texts are empty; their vectors are zeros")
+            print(f"{empty} of the texts embedded now are empty; their vectors are zeros")
         if full:
             print(f"{full} texts fill --max-length {l2v.max_length}; longer ones are cut")
         print(f"{output}: {count} vectors of {vectors.shape[1]} numbers, float32")

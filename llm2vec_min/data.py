@@ -24,7 +24,7 @@ BOMS = {
     codecs.BOM_UTF16_LE: "utf-16",
     codecs.BOM_UTF16_BE: "utf-16",
 }
-PACKED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"PK\x03\x04": "zip", b"\xfd7zXZ": "xz", b"\x28\xb5\x2f\xfd": "zstd"}
+PACKED = {b"\x1f\x8b": ".gz", b"\xfd7zXZ": ".xz", b"BZh91AY&SY": ".bz2", b"PK\x03\x04": ".zip", b"\x28\xb5\x2f\xfd": ".zst"}
 OPENERS = {".gz": gzip.open, ".xz": lzma.open}
 
 
@@ -58,7 +58,7 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
     Args:
         report: print in one line at the end how many lines were empty, cut or damaged.
     Raises:
-        ValueError: it is no file, cannot be read, is UTF-16, or more than one line in a hundred is no UTF-8; names the file.
+        ValueError: it is no file, cannot be read, is packed, UTF-16 or 32, or more than one line in a hundred is no UTF-8; names it.
     """
     number = empty = cut = damaged = 0
     check_file(path)
@@ -71,9 +71,8 @@ def numbered_lines(path: str | Path, report: bool = False) -> Iterator[tuple[int
                         pass
                 if number == 1:
                     if packed := next((name for begins, name in PACKED.items() if line.startswith(begins)), None):
-                        raise ValueError(
-                            f"{path}: holds {packed} data, expected plain text, or such a name as texts.txt.gz or .xz"
-                        )
+                        what = f"name it ...{packed}" if packed in OPENERS else "unpack it first"
+                        raise ValueError(f"{path}: holds compressed data ({packed}), expected plain text: {what}")
                     for begins, name in BOMS.items():
                         if line.startswith(begins):
                             raise ValueError(f"{path}: is {name.upper()}, expected UTF-8 (iconv -f {name} -t utf-8)")
@@ -155,8 +154,9 @@ def read_split(paths: list[str | Path], every: int) -> tuple[list[str], list[str
         held_out += lines[every - 1 :: every]
         train += [line for number, line in enumerate(lines, 1) if number % every] * paths.count(path)
     if not held_out:
+        names = ", ".join(map(str, dict.fromkeys(paths)))
         raise ValueError(
-            f"{', '.join(map(str, paths))}: {len(train)} lines, expected at least {every}: every {every}th is held out"
+            f"{names}: no file has {every} lines, and of each file one line in {every} is held out; give more text"
         )
     return train, held_out
 

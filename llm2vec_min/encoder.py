@@ -156,7 +156,7 @@ class LLM2Vec(nn.Module):
         pooling: mean, weighted_mean, last, first or max.
         max_length: tokens per text, special tokens and instruction included; longer texts are cut.
         template: (prefix, suffix) of a chat template around instruction and text.
-        base_model: name of the decoder's checkpoint.
+        base_model: name of the decoder's checkpoint; default: where it was loaded from.
         adapters: folders of what is merged into it.
     """
 
@@ -230,6 +230,9 @@ class LLM2Vec(nn.Module):
                     f"{adapter}: stands on {len(own['adapters']) - 1} earlier adapters: make it the model, or name them first"
                 )
             settings |= {k: v for k, v in own.items() if k in SETTINGS and k not in LINEAGE}
+        for one, other in combinations([folder / ADAPTER for folder in chain], 2):
+            if one.is_file() and other.is_file() and filecmp.cmp(one, other, shallow=False):
+                raise ValueError(f"{name}: an adapter is there twice: {one} and {other} are the same")
         try:
             base_folder = resolve(base)
         except ValueError as error:
@@ -244,9 +247,6 @@ class LLM2Vec(nn.Module):
         for adapter in chain:
             load_adapter(decoder, adapter)
             merge_lora(decoder)
-        for one, other in combinations(chain, 2):
-            if filecmp.cmp(one / ADAPTER, other / ADAPTER, shallow=False):
-                raise ValueError(f"{name}: an adapter is there twice: {one} and {other} are the same")
         pooling = pooling or settings.get("pooling_mode", "mean")
         if pooling in THEIR_POOLINGS:
             raise ValueError(

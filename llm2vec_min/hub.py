@@ -62,10 +62,10 @@ def find_preset(name: str | Path) -> Preset | None:
     or whose base is one of these; without a download."""
     name = str(name)
     for depth in range(9):  # a run on a merged folder, which was a run on another: not for ever, two may name each other
-        folder = expanduser(name)
-        if basename(dirname(folder)) == "adapters":  # an earlier stage of a run
-            folder = dirname(dirname(folder))
+        folder = expanduser(name).rstrip("/") or name
         path = join(folder, "llm2vec_config.json")
+        if not isfile(path) and basename(dirname(folder)) == "adapters":  # an earlier stage of a run
+            path = join(dirname(dirname(folder)), "llm2vec_config.json")
         if name in PRESETS or not isfile(path):  # unlike pathlib's, no error for what no file can be called
             break
         try:
@@ -86,7 +86,7 @@ DATASETS = {  # name -> (hub data set, files): what the paper trains MNTP and Si
     "wikitext-103": ("Salesforce/wikitext", "wikitext-103-raw-v1/train-*.parquet"),
     "wiki1m": ("princeton-nlp/datasets-for-simcse", "wiki1m_for_simcse.txt"),
 }
-TEXT_SUFFIXES = (".txt", ".jsonl", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz", ".parquet")
+TEXT_SUFFIXES = (".txt", ".jsonl", ".ndjson", ".txt.gz", ".jsonl.gz", ".txt.xz", ".jsonl.xz", ".parquet")
 
 
 def resolve_data(name: str | Path) -> list[Path]:

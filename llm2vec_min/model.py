@@ -106,7 +106,7 @@ def attention_mask(
 
 
 # on a CPU, bytes of a number (bfloat16, float32) -> tokens of the longest rows that are faster without torch's attention kernel
-SHORT = {2: 512, 4: 128}
+SHORT = {2: 256, 4: 128}
 
 
 def attend(
@@ -228,7 +228,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig):
         super().__init__()
         self.config = config
-        self.source = ""  # where its weights come from, for error messages
+        self.source = ""  # where its weights come from: for error messages, and for the base that a run names
         table = torch.empty(config.vocab_size, config.hidden_size)
         # nn.Embedding itself would draw on the meta device too, for which torch imports its compiler: seconds
         if not table.is_meta:

@@ -215,7 +215,7 @@ def load_decoder(folder: str | Path, device="cpu", dtype: torch.dtype = torch.fl
     with torch.device("meta"):
         model = Decoder(ModelConfig.from_folder(folder))
     _load_into(model, folder, device, dtype, lambda key: None if key == "lm_head.weight" else key.removeprefix("model."))
-    model.source = str(folder)
+    model.source = str(Path(folder).resolve())
     return model.requires_grad_(False).eval()
 
 
@@ -235,7 +235,7 @@ def load_language_model(folder: str | Path, device="cpu", dtype: torch.dtype = t
     _load_into(model, folder, device, dtype, rename)
     if tied:
         model.lm_head.weight = model.model.embed_tokens.weight
-    model.model.source = str(folder)
+    model.model.source = str(Path(folder).resolve())
     return model.requires_grad_(False).eval()
 
 

@@ -125,7 +125,7 @@ def test_embed_says_what_might_surprise(runs, files, tmp_path, capsys):
     lines = tmp_path / "empty.jsonl"
     lines.write_text('"a cat"\n{"text": " "}\n')
     embed.main(["--model", str(runs[1]), "--input", str(lines), "--output", str(tmp_path / "v2.npy")])
-    assert "1 texts are empty; their vectors are zeros" in capsys.readouterr().out
+    assert "1 of the texts embedded now are empty; their vectors are zeros" in capsys.readouterr().out
     assert np.load(tmp_path / "v2.npy").any(axis=1).tolist() == [True, False]
     embed.main(["--model", str(runs[1]), "a", ""])
     assert "1 of the texts are empty; their vectors are zeros" in capsys.readouterr().out
@@ -763,6 +763,10 @@ def test_what_is_no_part_of_a_run_is_not_replaced_with_it(files, model_folder, t
     for path in ("vectors.npy", "scores.json", "exported/model.safetensors"):
         (tmp_path / "run" / path).unlink()
     (tmp_path / "run" / "exported").rmdir()
+    for name in (".cache", ".ipynb_checkpoints"):
+        (tmp_path / "run" / name).mkdir()
+    for name in (".gitattributes", "README.md", "vocab.json", "special_tokens_map.json", "tokenizer.model"):
+        (tmp_path / "run" / name).touch()
     train.main([*argv, "--overwrite"])
 
 
@@ -779,13 +783,16 @@ def test_an_export_of_an_export(runs, tmp_path, capsys):
     export.main(["--model", str(runs[1]), "--output", str(tmp_path / "one"), "--normalize"])
     assert "not taken over" not in capsys.readouterr().out
     export.main(["--model", str(tmp_path / "one"), "--output", str(tmp_path / "two")])
-    assert "its --prompt and --normalize are not taken over" in capsys.readouterr().out
+    assert "prompts and normalization of its own, if any, are not taken over" in capsys.readouterr().out
 
 
 def test_an_earlier_stage_of_a_run_has_its_preset(tmp_path):
     (tmp_path / "run" / "adapters" / "0").mkdir(parents=True)
     (tmp_path / "run" / "llm2vec_config.json").write_text(json.dumps({"preset": "tiny"}))
     assert find_preset(tmp_path / "run" / "adapters" / "0") is PRESETS["tiny"]
+    assert find_preset(f"{tmp_path}/run/adapters/0/") is PRESETS["tiny"]
+    (tmp_path / "run" / "adapters" / "0" / "llm2vec_config.json").write_text(json.dumps({"preset": "tiny-mntp"}))
+    assert find_preset(tmp_path / "run" / "adapters" / "0") is PRESETS["tiny-mntp"], "its own, where it is a run itself"
 
 
 def test_what_a_stage_learns_to_read_is_read_in_use(files, model_folder, tmp_path, monkeypatch):

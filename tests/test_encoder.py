@@ -272,7 +272,9 @@ def test_a_base_that_was_trained_itself_is_not_lost(model_folder, tmp_path):
 def test_what_is_saved_can_be_loaded(model_folder, tmp_path, monkeypatch):
     """Numbers from numpy, a decoder that was loaded by hand, one that was compiled, and the home folder's short name."""
     monkeypatch.setenv("HOME", str(tmp_path))
-    decoder = load_decoder(model_folder, "cpu", torch.float32)
+    monkeypatch.chdir(model_folder.parent)
+    decoder = load_decoder(model_folder.name, "cpu", torch.float32)
+    monkeypatch.chdir(tmp_path)
     l2v = LLM2Vec(decoder, Tokenizer(model_folder), max_length=np.int64(64))
     expected = l2v.encode(TEXTS)
     l2v.decoder = torch.compile(decoder, backend="eager")

@@ -24,7 +24,6 @@ from pathlib import Path
 from ..cli import add_model_flags, run
 from ..encoder import LLM2Vec, find_chain
 from ..files import write_json
-from ..hub import resolve
 from ..pooling import POOLING_MODES
 from .compare import KINDS, legend, measure, plot, read_tasks, report, rungs, table
 
@@ -97,10 +96,8 @@ def main(argv: list[str]) -> None:
     given = {name: value for name, value in own.items() if value is not None}
     models = rungs(args.ladder) if args.ladder else {}
     models |= {name: {"name": name} for name in args.compare or ([] if args.ladder else [args.model or "tiny"])}
-    for options in models.values():  # a model that is not there is said now, not when the others are scored
-        base, chain, _ = find_chain(options["name"])
-        for part in (base, *chain):
-            resolve(part)
+    for options in models.values():
+        find_chain(options["name"])  # a model that is not there is said now, not when the others are scored
     measured, result = {}, {}
     try:
         for number, (name, options) in enumerate(models.items(), 1):

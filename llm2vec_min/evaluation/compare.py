@@ -252,7 +252,9 @@ def legend(result: dict, limit: int | None = None) -> str:
         lines.append("▲ ▼: better or worse than the column to the left, p < 0.05, paired; one in twenty by chance alone")
     scores = [s for tasks in result["models"].values() for metrics in tasks.values() for s in metrics.values()]
     if any(s["value"] is None for s in scores):
-        lines.append("undefined: the model gives every row the same (doctor may say why); a mean with it is undefined too")
+        lines.append(
+            "undefined: all of the model's scores, or all of the right ones (few rows, --limit), are the same; so is a mean with it"
+        )
     if any(s["value"] is not None and s["low"] is None for s in scores):
         lines.append(f"no [...]: fewer than {FEWEST} independent rows, too few for an interval")
     if any("mean" in tasks for tasks in result["models"].values()):

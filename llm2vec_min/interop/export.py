@@ -280,7 +280,9 @@ def main(argv: list[str]) -> None:
             f"--prompt: the name {wrong[0]!r} is empty or there twice, expected one of its own for each instruction"
         )
     if not (args.prompt or args.normalize) and (Path(args.model).expanduser() / "modules.json").is_file():
-        print("the --model is an export itself: its --prompt and --normalize are not taken over, give them again")
+        print(
+            "the --model has a modules.json: prompts and normalization of its own, if any, are not taken over; give them again"
+        )
     l2v = LLM2Vec.from_pretrained(args.model, adapters=args.adapter, device=args.device or "cpu", dtype=args.dtype)
     spearman = (
         [] if args.adapter else read_spearman(Path(args.model).expanduser() / "metrics.jsonl")

@@ -213,10 +213,10 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         and not (args.data or args.dry_run)
         and not default_data(args.stage, find_preset(args.preset or args.model))
     ):
-        if (
-            find_preset(args.model) is None and Path(expanduser(args.model)).parent.is_dir()
-        ):  # no hub id: nothing is fetched for this
-            find_chain(args.model)  # one that is not there, or unfinished, is the mistake then
+        model = Path(expanduser(args.model))
+        missing = find_preset(args.model) is None and not model.exists() and model.parent.is_dir() and "@" not in args.model
+        if missing or (model / "train_args.json").is_file():  # not there, or perhaps unfinished: then that is the mistake
+            find_chain(args.model)
         raise ValueError('--data: give one or more .jsonl files of {"query", "positive", "negative"}')
     args.output = str(Path(expanduser(args.output)))  # `runs/mntp/` is `runs/mntp`
     if Path(args.output).is_symlink():  # the folder that it leads to is what is written and replaced

@@ -93,12 +93,9 @@ class Loop:
             raise ValueError(
                 "the model has no weight to train: give it a fresh adapter, add_lora(l2v.decoder), on top of merged ones"
             )
-        self.buffers = {f"buffer.{name}": buffer for name, buffer in model.named_buffers()}  # a decoder has none, a head may
         for module in model.modules():
             if isinstance(module, Decoder):
                 module.gradient_checkpointing |= settings.gradient_checkpointing
-                in_base = [name for name in trainable_parameters(module) if ".lora_" not in name]
-                module.changes += bool(in_base)  # as after `merge_lora`, the base is no longer the checkpoint it came from
         self.optimizer = torch.optim.AdamW(
             self.parameters.values(),
             lr=settings.lr,
@@ -113,7 +110,7 @@ class Loop:
     def __iter__(self) -> Iterator[int]:
         self.open()
         self.skipped = 0  # steps without a finite gradient, in a row
-        self.flat = 0  # steps whose gradient was exactly 0, in a row
+        self.flat = 0  # steps whose gradient was exactly 0 though their loss was not, in a row
         self.stopping = False  # this process got a signal
         self.stopped = False  # every process knows of one
         self.saved = time.monotonic()
@@ -121,6 +118,9 @@ class Loop:
         self.bar = tqdm(total=self.settings.steps, initial=self.start, desc="training", disable=hidden, mininterval=1.0)
         handlers = self._catch_signals()
         self.optimizer.zero_grad(set_to_none=True)
+        for module in self.model.modules():
+            if isinstance(module, Decoder) and any(".lora_" not in name for name in trainable_parameters(module)):
+                module.changes += 1  # as after `merge_lora`, the base will not be the checkpoint it came from
         try:
             with kept_random_state(next(iter(self.parameters.values())).device):
                 yield from self._steps()
@@ -154,7 +154,7 @@ class Loop:
 
     def _check_result(self) -> None:
         """ValueError after a run whose weights are not finite, which ended in skipped steps, more than counted (short runs;
-        `MOST_SKIPPED` in a row stop any other), or in steps that had nothing left to learn: all vectors are the same, or zero."""
+        `MOST_SKIPPED` in a row stop any other), or in steps of a loss but no gradient at all: all vectors are zero."""
         broken = not_finite({name: parameter.detach() for name, parameter in self.parameters.items()})
         steps = self.settings.steps
         flat = self.flat >= MOST_SKIPPED
@@ -213,7 +213,7 @@ class Loop:
         if not (math.isfinite(loss) and math.isfinite(norm)):
             self._skip(loss, norm)
             return
-        self.flat = 0 if norm else self.flat + 1
+        self.flat = self.flat + 1 if norm == 0 and loss != 0 else 0
         self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
         self.skipped = 0
@@ -230,7 +230,7 @@ class Loop:
             ValueError: it was one too many; the state before the first of them is saved.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        self.skipped += 1
+        self.skipped, self.flat = self.skipped + 1, 0
         step, what = self.step + 1, f"the loss is {loss}, the gradient's norm {norm}"
         self._record({"step": step, "skipped": what})
         if self.is_main and not self.quiet:
@@ -303,7 +303,7 @@ class Loop:
         for name, parameter in self.parameters.items():
             for key, value in self.optimizer.state[parameter].items():
                 tensors[f"{key}.{name}"] = value
-        tensors |= self.buffers
+        tensors |= {f"buffer.{name}": buffer for name, buffer in self.model.named_buffers()}  # a decoder has none, a head may
         tensors = {name: tensor.contiguous() for name, tensor in tensors.items()}
         new, old, beside = (self.output / name for name in (CHECKPOINT, BEFORE, CHECKPOINT + ".part"))
         try:
@@ -370,13 +370,12 @@ class Loop:
                 f"{path}: made by torch {about.get('torch')}, this is {torch.__version__}: the run goes on, not bit for bit"
             )
         ours = {f"parameter.{name}": parameter.shape for name, parameter in self.parameters.items()}
-        ours |= {name: buffer.shape for name, buffer in self.buffers.items()}
-        theirs = {key: tensor.shape for key, tensor in tensors.items() if key.startswith(("parameter.", "buffer."))}
+        theirs = {key: tensor.shape for key, tensor in tensors.items() if key.startswith("parameter.")}
         if wrong := sorted(key for key in ours | theirs if ours.get(key) != theirs.get(key)):
             raise ValueError(f"{path}: has other weights, or of other shapes, than this run trains: {', '.join(wrong[:3])}")
         with torch.no_grad():
-            for name, buffer in self.buffers.items():
-                buffer.copy_(tensors[name])
+            for name, buffer in self.model.named_buffers():
+                buffer.copy_(tensors.get(f"buffer.{name}", buffer))
             for name, parameter in self.parameters.items():
                 parameter.copy_(tensors[f"parameter.{name}"])
                 # a fused AdamW keeps its count of steps, like the moments, on the parameter's device

@@ -17,8 +17,11 @@ from .settings import Settings
 
 ARGUMENTS = "train_args.json"
 METRICS = "metrics.jsonl"
-OWN = ("*config.json", "adapter_model*", "model*.safetensors*", "tokenizer*", "*_tokens*.json", "*.jinja", "README.md",
-       ARGUMENTS, METRICS, "checkpoint*", "*.part", ".*")  # fmt: skip
+OWN = ("config.json", "generation_config.json", "llm2vec_config.json", "adapter_config.json", "adapter_model.*", "model.safetensors",
+       "model-*.safetensors", "model.safetensors.index.json", "pytorch_model*.bin", "tokenizer*", "*_tokens*.json", "vocab.*",
+       "merges.txt", "chat_template.jinja", "README.md", "LICENSE*", ".gitattributes", ".DS_Store", ".tmp*", ARGUMENTS, METRICS,
+       "checkpoint*.safetensors", "*.part")  # fmt: skip
+OWN_FOLDERS = ("adapters", ".cache", ".ipynb_checkpoints")
 FREE = ("output", "eval", "eval_every", "save_every")  # the weights do not depend on them
 CHECKPOINT, BEFORE = "checkpoint.safetensors", "checkpoint-before.safetensors"  # the last two
 
@@ -75,14 +78,15 @@ def is_run(folder: Path) -> bool:
 
 def is_own(path: Path) -> bool:
     """By its name something that a run writes into its folder, or the system or the hub beside it."""
-    return path.name == "adapters" if path.is_dir() else any(fnmatch(path.name, pattern) for pattern in OWN)
+    return path.name in OWN_FOLDERS if path.is_dir() else any(fnmatch(path.name, pattern) for pattern in OWN)
 
 
 def is_metrics(path: Path) -> bool:
     """Its first line says a step, or it was cut off there."""
     with open(path, "rb") as file:
         line = file.readline(2**16)
-    return not line or line.startswith(b'{"step": ')
+    start = b'{"step": '
+    return line.startswith(start) or start.startswith(line)
 
 
 def is_foreign(folder: Path) -> bool:

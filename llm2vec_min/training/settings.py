@@ -37,7 +37,7 @@ class Settings:
     in_batch_negatives: bool = True
     filter_negatives: float = 0.0  # share of the positive's cosine; 0: keep all hard negatives
     matryoshka: tuple[int, ...] = ()  # sizes of shorter vectors to train, too
-    gradient_checkpointing: bool = False
+    gradient_checkpointing: bool = False  # True switches it on; a decoder where it is on keeps it
     seed: int = 0
     eval_every: int = 0  # steps; 0: a quarter of the run
     save_every: int = 0  # steps; 0: by the clock, every SAVE_SECONDS

@@ -18,6 +18,7 @@ from torch import Tensor
 from ..device import rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..pooling import pool
+from ..tokenizer import Encoded
 from .distributed import synchronize
 from .loop import Loop
 from .settings import Settings
@@ -44,7 +45,7 @@ def candidate_mask(triplets: list[Triplet], in_batch: bool = True, texts: list |
 
     Args:
         in_batch: whether other rows' positives and negatives are compared with, or only the query's own.
-        texts: what is equal where texts are, in the order of `flatten`; None: the texts.
+        texts: compared instead of the texts, such as their ids after the cut, in the order of `flatten`.
     """
     right, where = defaultdict(set), defaultdict(list)  # texts that are not wrong; columns where a text stands
     texts = [text for _, text in flatten(triplets)] if texts is None else texts
@@ -60,6 +61,12 @@ def candidate_mask(triplets: list[Triplet], in_batch: bool = True, texts: list |
         compared[i, [column for text in right[queries[i], t.instruction] for column in where.get(text, ())]] = False
     compared[row, row] = True
     return compared
+
+
+def compared_in(batch: list[Triplet], encoded: list[Encoded], settings: Settings) -> Tensor:
+    """`candidate_mask` by the texts and by what the model reads of them: long ones may differ only behind the cut."""
+    seen = [row.ids[row.pooled].tobytes() for row in encoded]
+    return candidate_mask(batch, settings.in_batch_negatives) & candidate_mask(batch, settings.in_batch_negatives, seen)
 
 
 def supervised_loss(vectors: Tensor, compared: Tensor, temperature: float = 0.02, matryoshka: tuple[int, ...] = ()) -> Tensor:
@@ -117,7 +124,8 @@ def explain(l2v: LLM2Vec, batch: list[Triplet], settings: Settings) -> str:
     lines = [f"instruction of {'all texts' if t.symmetric else 'the query'}: {t.instruction}"] if t.instruction else []
     for (name, text), vector in zip(shown, vectors, strict=False):
         lines.append(f"{name:<9} cosine {vectors[0] @ vector:.3f}  {text[:200]}")
-    candidates = candidate_mask(batch, settings.in_batch_negatives).sum(dim=1)
+    encoded = l2v.tokenize(flatten(batch), max_length=settings.max_length)
+    candidates = compared_in(batch, encoded, settings).sum(dim=1)
     low, high = int(candidates.min()) - 1, int(candidates.max()) - 1
     lines.append(f"negatives of a query: {low if low == high else f'{low} to {high}'}")
     if settings.in_batch_negatives:
@@ -181,9 +189,7 @@ def train_supervised(
     for step in loop:
         batch = [triplets[i] for i in order[step]]  # that of all processes
         encoded = l2v.tokenize(flatten(batch), max_length=settings.max_length)
-        seen = [row.ids[row.pooled].tobytes() for row in encoded]  # long texts may differ only behind the cut
-        compared = candidate_mask(batch, settings.in_batch_negatives) & candidate_mask(batch, settings.in_batch_negatives, seen)
-        compared = to_device(compared, l2v.device)
+        compared = to_device(compared_in(batch, encoded, settings), l2v.device)
         mine, where = share_out([len(row.ids) for row in encoded])
         places = to_device(torch.from_numpy(where), l2v.device)
         size = settings.micro_batch_size or len(mine)

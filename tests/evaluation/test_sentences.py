@@ -296,7 +296,7 @@ def test_undefined_scores_are_null(tmp_path, capsys):
         ("value", "low", "high")
     )
     shown = capsys.readouterr().out
-    assert "| undefined |" in shown and "undefined: the model gives every row the same" in shown
+    assert "| undefined |" in shown and "undefined: all of the model's scores" in shown
 
 
 CORPUS, QUERIES = '{"_id": "d", "text": "x"}\n', '{"_id": "q", "text": "x"}\n'

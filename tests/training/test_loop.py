@@ -550,11 +550,20 @@ def test_gradient_checkpointing_is_a_setting(model_folder, stage, monkeypatch):
 
 
 def test_a_resumed_loop_keeps_buffers(tmp_path):
-    """A head's running means, say."""
+    """A head's running means, say: written in place, or assigned."""
+
+    class Assigned(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.register_buffer("mean", torch.zeros(2))
+
+        def forward(self, x):
+            self.mean = 0.9 * self.mean + 0.1 * x.detach().mean(0)
+            return x - self.mean
 
     def run(folder, stop=None, resume=False):
         torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2))
+        model = torch.nn.Sequential(torch.nn.Linear(2, 2), torch.nn.BatchNorm1d(2), Assigned())
         loop = Loop(model, Settings(steps=4, save_every=2, lr=0.1), folder, resume=resume, quiet=True)
         for step in loop:
             if step == stop:
@@ -566,7 +575,7 @@ def test_a_resumed_loop_keeps_buffers(tmp_path):
     whole = run(tmp_path / "whole")
     run(tmp_path / "part", stop=3)
     resumed = run(tmp_path / "part", resume=True)
-    assert whole["1.num_batches_tracked"] == 4 and same(whole, resumed)
+    assert whole["1.num_batches_tracked"] == 4 and whole["2.mean"].all() and same(whole, resumed)
 
 
 def test_a_run_that_has_nothing_left_to_learn_has_no_result(tmp_path):
@@ -576,6 +585,17 @@ def test_a_run_that_has_nothing_left_to_learn_has_no_result(tmp_path):
         for step in loop:
             ((step < 2) * model(torch.ones(1, 2)).sum()).backward()
             loop.update(torch.tensor(1.0), 1)
+
+
+def test_a_loss_of_zero_is_a_result():
+    """Every margin is met: nothing to learn, nothing wrong."""
+    model = torch.nn.Linear(2, 2)
+    loop = Loop(model, Settings(steps=7), quiet=True)
+    for _ in loop:
+        loss = 0 * model(torch.ones(1, 2)).sum()
+        loss.backward()
+        loop.update(loss, 1)
+    assert loop.history[-1]["grad_norm"] == 0
 
 
 def test_metrics_are_json_where_a_score_is_undefined(tmp_path):
@@ -593,6 +613,8 @@ def test_a_file_named_like_the_metrics_stays(tmp_path):
     with pytest.raises(ValueError, match="metrics.jsonl: is no file of a run"):
         next(iter(Loop(torch.nn.Linear(2, 2), Settings(steps=1), tmp_path, quiet=True)))
     assert (tmp_path / "metrics.jsonl").read_text() == "my own\n"
+    (tmp_path / "metrics.jsonl").write_text('{"st')  # torn by a kill
+    next(iter(Loop(torch.nn.Linear(2, 2), Settings(steps=1), tmp_path, quiet=True)))
 
 
 def test_an_unknown_schedule():
@@ -605,8 +627,8 @@ def test_an_unknown_schedule():
     [
         ("a.csv", b"a,b\n", "a.csv: is a table, expected .txt"),
         ("a.tsv.gz", b"", "a.tsv.gz: is a table"),
-        ("a.txt", b"BZh91AY", "a.txt: holds bzip2 data, expected plain text"),
-        ("a.txt", gzip.compress(b"a"), "a.txt: holds gzip data"),
+        ("a.txt", b"BZh91AY&SY", "a.txt: holds compressed data .*bz2.*unpack it first"),
+        ("a.txt", gzip.compress(b"a"), "a.txt: holds compressed data .*: name it [.]{3}[.]gz"),
         ("a.txt", "a\n".encode("utf-32"), "a.txt: is UTF-32, expected UTF-8 .iconv -f utf-32"),
     ],
 )
@@ -623,7 +645,7 @@ def test_ndjson_is_jsonl(tmp_path):
 
 def test_too_few_lines_to_hold_some_out(tmp_path):
     (tmp_path / "a.txt").write_text("one\ntwo\n")
-    with pytest.raises(ValueError, match="a.txt: 2 lines, expected at least 3: every 3th is held out"):
+    with pytest.raises(ValueError, match="a.txt: no file has 3 lines, and of each file one line in 3 is held out"):
         read_split([tmp_path / "a.txt"], every=3)
 
 

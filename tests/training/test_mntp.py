@@ -57,7 +57,7 @@ def test_loss_is_transformers_shifted_cross_entropy(both, variant):
     expected = run_reference(theirs, masked, causal=False, labels=labels).loss
     torch.testing.assert_close(mntp_loss(mine.model, mine.lm_head, masked, labels), expected, rtol=1e-5, atol=1e-5)
     unshifted = F.cross_entropy(run_reference(theirs, masked, causal=False).logits.flatten(0, 1), labels.flatten())
-    assert (unshifted - expected).abs() > 1e-2
+    assert (unshifted - expected).abs() > 1e-3, "a hundred times the tolerance"
 
 
 def test_only_masked_positions_get_logits(both):
