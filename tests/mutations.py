@@ -191,7 +191,7 @@ MUTATIONS = [
     (f"{P}/tokenizer.py", "        self.backend.no_truncation()\n", "", T),
     (f"{P}/weights.py", '"modules_to_save", "rank_pattern", "alpha_pattern", "lora_bias",', '"rank_pattern",', W),
     (f"{P}/encoder.py", "return base, [*chain, folder], before | settings", "return base, [*chain, folder], settings | before", E),
-    (f"{P}/encoder.py", "filecmp.cmp(one, other, shallow=False):", "if False:", E),
+    (f"{P}/encoder.py", "filecmp.cmp(one, other, shallow=False):", "False:", E),
     (f"{P}/encoder.py", "(*reversed(chain), base_folder)  #", "(base_folder, *chain)  #", E),
     (f"{P}/config.py", '("<|start_header_id|>user<|end_header_id|>\\n\\n", "<|eot_id|>")', '("", "<|eot_id|>")', "tests/test_hub.py"),
     (f"{P}/training/simcse.py", "with torch.set_grad_enabled(parts == 1):", "with torch.set_grad_enabled(True):", SI),
