@@ -169,7 +169,7 @@ MUTATIONS = [
     (f"{P}/files.py", "    if leads_nowhere:", "    if False:", "tests/test_hostile.py"),
     (f"{P}/files.py", "path.chmod(mode | (mode & 0o444) >> 2 if path.is_dir() else mode)", "pass", W),
     (f"{P}/files.py", "LOCK_EX | (0 if wait else fcntl.LOCK_NB)", "LOCK_EX | fcntl.LOCK_NB", W),
-    (f"{P}/training/loop.py", "if broken or flat or 2 * self.skipped", "if 2 * self.skipped", "tests/test_cli.py"),
+    (f"{P}/training/loop.py", "        if broken:\n            what =", "        if False:\n            what =", "tests/test_cli.py"),
     (f"{P}/training/loop.py", "2 * self.skipped > steps", "self.skipped == self.settings.steps", LO),
     (f"{P}/training/memory.py", "noisy or T <= SHORT[size]", "noisy or T < SHORT[size]", "tests/training/test_memory.py"),
     (f"{P}/training/memory.py", "(3 if noisy else 1) * size", "size", "tests/training/test_memory.py"),

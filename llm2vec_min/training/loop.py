@@ -156,16 +156,14 @@ class Loop:
         """ValueError after a run whose weights are not finite, which ended in skipped steps, more than counted (short runs;
         `MOST_SKIPPED` in a row stop any other), or in steps of a loss but no gradient at all: all vectors are zero."""
         broken = not_finite({name: parameter.detach() for name, parameter in self.parameters.items()})
-        steps = self.settings.steps
-        flat = self.flat >= MOST_SKIPPED
-        if broken or flat or 2 * self.skipped > steps:
-            last = f"{self.skipped} of {steps} steps, the last ones, were not finite"
-            last = (
-                f"the gradient was exactly 0 in the last {self.flat} of {steps} steps: the model has collapsed"
-                if flat
-                else last
-            )
-            what = f"the trained weights are not finite ({broken})" if broken else last
+        steps, what = self.settings.steps, ""
+        if broken:
+            what = f"the trained weights are not finite ({broken})"
+        elif self.flat >= MOST_SKIPPED:
+            what = f"the gradient was exactly 0 in the last {self.flat} of {steps} steps: the model has collapsed"
+        elif 2 * self.skipped > steps:
+            what = f"{self.skipped} of {steps} steps, the last ones, were not finite"
+        if what:
             raise ValueError(f"{what}, so there is no result; start anew with a lower --lr or --dtype float32, and --overwrite")
 
     def open(self) -> None:
