@@ -247,6 +247,13 @@ class LLM2Vec(nn.Module):
         for adapter in chain:
             load_adapter(decoder, adapter)
             merge_lora(decoder)
+        folders = (*reversed(chain), base_folder)  # the newest tokenizer counts
+        if not settings and None in (pooling, causal) and any(member(folder, "modules.json").is_file() for folder in folders):
+            warnings.warn(
+                f"{name}: is an encoder of sentence-transformers, of which weights and tokenizer are read, its pooling and prompts are "
+                f"not: pooling is {pooling or 'mean'!r}, causal is {bool(causal)}, where both must be what it was trained with",
+                stacklevel=2,
+            )
         pooling = pooling or settings.get("pooling_mode", "mean")
         if pooling in THEIR_POOLINGS:
             raise ValueError(
@@ -258,7 +265,6 @@ class LLM2Vec(nn.Module):
             warnings.warn(
                 f"max_length is {max_length}, but the model was made for {most} positions: states get worse", stacklevel=2
             )
-        folders = (*reversed(chain), base_folder)  # the newest tokenizer counts
         home = next((folder for folder in folders if member(folder, "tokenizer.json").is_file()), base_folder)
         if causal is None:
             causal = settings.get("causal", False)

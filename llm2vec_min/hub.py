@@ -18,6 +18,7 @@ FILES = (
     "adapter_config.json",
     "adapter_model.safetensors",
     "llm2vec_config.json",
+    "modules.json",
     "train_args.json",
     "adapters/*/adapter_config.json",  # the earlier stages of a run
     "adapters/*/adapter_model.safetensors",

@@ -433,6 +433,24 @@ def test_bfloat16_without_instructions_warns(model_folder, monkeypatch, recwarn,
     assert sum("float32 is several times faster" in str(w.message) for w in recwarn) == warns
 
 
+def test_an_encoder_of_another_library_is_not_taken_for_a_plain_model(model_folder, tmp_path, recwarn):
+    """Its pooling and direction lie in files that are not read: `e5-mistral-7b-instruct` pools its last token, causally."""
+
+    def warned(folder, **options) -> bool:
+        recwarn.clear()
+        LLM2Vec.from_pretrained(folder, device="cpu", **options)
+        return any("encoder of sentence-transformers" in str(w.message) for w in recwarn)
+
+    shutil.copytree(model_folder, other := tmp_path / "other")
+    assert not warned(other)
+    (other / "modules.json").write_text("[]")
+    assert warned(other) and warned(other, causal=True) and warned(other, pooling="last")
+    assert not warned(other, causal=False, pooling="last")
+    LLM2Vec.from_pretrained(model_folder, device="cpu").save(own := tmp_path / "own")  # says what it was trained with
+    (own / "modules.json").write_text("[]")
+    assert not warned(own)
+
+
 def test_no_room_is_not_the_models_own(l2v):
     with pytest.raises(ValueError, match="max_length is 0, expected at least 1"):
         l2v.tokenize(["a"], max_length=0)
