@@ -33,10 +33,11 @@ from llm2vec_min.device import (
 )
 from llm2vec_min.encoder import LLM2Vec, find_chain
 from llm2vec_min.evaluation import sts_score
+from llm2vec_min.fast import compile_layers
 from llm2vec_min.files import locked, read_json, write_json
 from llm2vec_min.hub import find_preset, resolve_data
 from llm2vec_min.lora import add_lora
-from llm2vec_min.model import LanguageModel, compile_layers, init_weights
+from llm2vec_min.model import LanguageModel, init_weights
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import distributed, memory
 from llm2vec_min.training.flags import build_parser, check, default_data, in_force

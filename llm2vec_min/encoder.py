@@ -23,7 +23,7 @@ from tqdm import tqdm
 from .config import KEPT_WINDOW, PRESETS
 from .device import pick_device, pick_dtype
 from .files import member, new_folder, put, read_json, short, write_json
-from .hub import find_preset, resolve
+from .hub import FILES, find_preset, resolve
 from .lora import LoRALinear, merge_lora
 from .model import Decoder
 from .pooling import POOLING_MODES, pool
@@ -99,6 +99,8 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     PEFT folder, as the authors publish them, names its base, which may again be such a folder. Their second adapters do not say
     that they stand on the first: for these the preset does. Anything else is a base by itself.
 
+    Of a hub model all but the weights is downloaded.
+
     Args:
         above: the adapters' names that led here.
     Raises:
@@ -110,9 +112,9 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     if preset is not None and preset.adapters and not local:  # adapters on top of what the preset's model stands for
         base, chain, settings = find_chain(preset.model, (*above, str(name)))
         last = preset.adapters[-1] if str(name) in PRESETS else name  # a hub id may name a revision
-        folders = [*map(resolve, preset.adapters[:-1]), resolve(last)]
+        folders = [resolve(adapter, FILES) for adapter in (*preset.adapters[:-1], last)]
         return base, chain + folders, settings | read_settings(folders[-1])
-    folder = resolve(name)
+    folder = resolve(name, FILES)
     settings = read_settings(folder)
     if preset is not None:
         settings = {"template": list(preset.template)} | settings
@@ -365,9 +367,8 @@ class LLM2Vec(nn.Module):
             (normalised or not).
         """
         if isinstance(texts, str):
-            return self.encode(
-                [texts], instruction, pooling=pooling, normalize=normalize, dim=dim, show_progress=show_progress
-            )[0]
+            options = dict(batch_size=batch_size, pooling=pooling, normalize=normalize, dim=dim, show_progress=show_progress)
+            return self.encode([texts], instruction, **options)[0]
         if dim is not None and not 0 < dim <= self.width:
             raise ValueError(f"dim is {dim}, expected a number from 1 to {self.width}, the size of this model's vectors")
         if batch_size is not None and batch_size < 1:

@@ -1,5 +1,5 @@
-"""Element-wise operations, faster than their plain versions. Each computes what its plain version does; dropout
-with other random numbers."""
+"""Operations that are faster than their plain versions. Each computes what its plain version does; dropout with other
+random numbers."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 # what torch.compile needs on CUDA
 CAN_COMPILE = (
@@ -52,3 +52,13 @@ def dropout(x: Tensor, probability: float, training: bool) -> Tensor:
     last = min(max(round(probability * 65536), 1), 65535) - 32769  # the highest draw that drops
     kept = draws.clamp_(last, last + 1).sub_(last)  # 0 or 1, in half the time of a comparison
     return x * kept.to(x.dtype).mul_(1 / (1 - probability))
+
+
+def compile_layers(decoder: nn.Module) -> None:
+    """Lets torch.compile fuse the operations of every layer."""
+    # Training and evaluation, with and without gradient, padded or not, make a graph each. Past its limit of 8, torch would
+    # run some eagerly, with other random numbers: GradCache's two passes over the same sentences would no longer agree.
+    torch._dynamo.config.recompile_limit = 64
+    torch._dynamo.config.fail_on_recompile_limit_hit = True
+    for layer in decoder.layers:
+        layer.compile()

@@ -109,29 +109,25 @@ def attention_mask(
 SHORT = {2: 256, 4: 128}
 
 
-def attend(
-    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, noise: float = 0.0, training: bool = False
-) -> Tensor:
-    """softmax(q k^T / sqrt(D)) v, with dropout on the probabilities.
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, causal: bool, dropout_p: float = 0.0) -> Tensor:
+    """softmax(q k^T / sqrt(D)) v, with dropout of probability `dropout_p` on what the softmax gives.
 
     Args:
         q: (B, H, T, D); k, v: (B, K, T, D), each shared by H / K query heads.
         mask: bool, (B or 1, 1, T or 1, T), which decides alone; None: `causal` decides.
-        noise: dropout probability, in training.
     Returns:
         (B, H, T, D)
     """
     (B, H, T, D), K = q.shape, k.shape[1]
-    noise = noise if training else 0.0
     # where torch's CPU kernel is slow, with dropout or on short rows: written out below
-    by_hand = q.device.type == "cpu" and (noise > 0 or T <= SHORT.get(q.element_size(), 0))
+    by_hand = q.device.type == "cpu" and (dropout_p > 0 or T <= SHORT.get(q.element_size(), 0))
     if not by_hand:
         # a GPU's fast kernels for masks, and for float32, want as many key heads as query heads
         if H != K and (mask is not None or q.is_cuda and q.dtype == torch.float32):
             k, v = (x.repeat_interleave(H // K, dim=1) for x in (k, v))
         # a mask that is given already says which direction is visible
         return F.scaled_dot_product_attention(
-            q, k, v, attn_mask=mask, dropout_p=noise, is_causal=causal and mask is None, enable_gqa=k.shape[1] != H
+            q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal and mask is None, enable_gqa=k.shape[1] != H
         )
     if mask is None and causal:
         mask = torch.ones(T, T, dtype=torch.bool, device=q.device).tril()[None, None]
@@ -140,7 +136,7 @@ def attend(
     if mask is not None:
         hiding = torch.zeros_like(mask, dtype=q.dtype).masked_fill_(~mask, -torch.inf)
         scores += hiding if hiding.shape[2] == 1 else hiding.repeat(1, 1, H // K, 1)  # added, it needs no backward pass
-    probabilities = dropout(scores.softmax(dim=-1), noise, True)
+    probabilities = dropout(scores.softmax(dim=-1), dropout_p, True)
     return (probabilities @ v).view(B, H, T, D)
 
 
@@ -180,7 +176,7 @@ class Attention(nn.Module):
         if real is not None:  # then there is a mask, (B, 1, 1 or T, T), which knows B and T
             q, k, v = (pad(x, real, mask.shape[0], mask.shape[-1]) for x in (q, k, v))
         q, k, v = (x.transpose(1, 2) for x in (q, k, v))  # (B, heads, T, D)
-        y = attend(q, k, v, mask, causal, self.dropout, self.training)  # (B, H, T, D)
+        y = attend(q, k, v, mask, causal, self.dropout if self.training else 0.0)  # (B, H, T, D)
         y = y.transpose(1, 2).flatten(2)  # (B, T, H * D)
         if real is not None:
             y = y.flatten(0, 1).index_select(0, real)  # (N, H * D)
@@ -314,13 +310,3 @@ def set_attention_dropout(model: nn.Module, probability: float) -> None:
     for module in model.modules():
         if isinstance(module, Attention):
             module.dropout = probability
-
-
-def compile_layers(decoder: Decoder) -> None:
-    """Lets torch.compile fuse the operations of every layer."""
-    # Training and evaluation, with and without gradient, padded or not, make a graph each. Past its limit of 8, torch would
-    # run some eagerly, with other random numbers: GradCache's two passes over the same sentences would no longer agree.
-    torch._dynamo.config.recompile_limit = 64
-    torch._dynamo.config.fail_on_recompile_limit_hit = True
-    for layer in decoder.layers:
-        layer.compile()

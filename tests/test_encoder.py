@@ -15,11 +15,13 @@ from tokenizers import normalizers
 
 from conftest import TEXTS, make_reference, run_reference, write_tokenizer
 from llm2vec_min import LLM2Vec
+from llm2vec_min.interop.export import export_model
 from llm2vec_min.lora import add_lora, merge_lora
 from llm2vec_min.model import Decoder
 from llm2vec_min.pooling import POOLING_MODES
 from llm2vec_min.tokenizer import Tokenizer
-from llm2vec_min.training import Loop, Settings, info_nce
+from llm2vec_min.training import Loop, Settings, finish_output, info_nce
+from llm2vec_min.training.output import CHECKPOINT
 from llm2vec_min.training.simcse import embed_twins
 from llm2vec_min.weights import adapter_of, load_decoder, save_adapter
 
@@ -287,6 +289,13 @@ def test_what_is_saved_can_be_loaded(model_folder, tmp_path, monkeypatch):
         loaded = LLM2Vec.from_pretrained(tmp_path / name, device="cpu")
         assert loaded.max_length == 64
         np.testing.assert_allclose(loaded.encode(TEXTS), expected, atol=1e-5)
+    export_model(loaded, "~/exported", sentence_transformers=False)
+    loop = Loop(decoder, Settings(steps=1), "~/own", arguments={"stage": "own"}, quiet=True)
+    loop.open()
+    (tmp_path / "own" / CHECKPOINT).write_bytes(b"")
+    finish_output("~/own")
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "run", "exported", "own"}
+    assert [path.name for path in (tmp_path / "own").iterdir()] == ["train_args.json"]
     nameless = LLM2Vec(Decoder(decoder.config), l2v.tokenizer)
     add_lora(nameless.decoder, r=2)
     with pytest.raises(ValueError, match="no base model to name"):

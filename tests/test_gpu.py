@@ -18,9 +18,9 @@ from build_vectors import ENCODERS, FILE, TEXTS
 from conftest import VARIANTS, random_batch, run_reference
 from llm2vec_min import LLM2Vec
 from llm2vec_min.device import pick_device
-from llm2vec_min.fast import CAN_COMPILE
+from llm2vec_min.fast import CAN_COMPILE, compile_layers
 from llm2vec_min.lora import add_lora
-from llm2vec_min.model import attend, attention_mask, compile_layers, rotate, set_attention_dropout, swiglu
+from llm2vec_min.model import attend, attention_mask, rotate, set_attention_dropout, swiglu
 from llm2vec_min.training.simcse import embed_twins, info_nce
 
 ROOT = Path(__file__).parent.parent
@@ -73,7 +73,7 @@ def test_a_fast_attention_kernel_runs(gpu, K, noise, causal, padded, dtype):
     padding = torch.arange(32, device=gpu)[None] < torch.tensor([[32], [20], [9], [1]], device=gpu) if padded else None
     mask = attention_mask(padding, 32, causal=causal, device=gpu)
     with sdpa_kernel(FAST):
-        y = attend(q, k, v, mask, causal, noise, True)
+        y = attend(q, k, v, mask, causal, noise)
         y.float().square().sum().backward()
     assert y.isfinite().all() and q.grad.isfinite().all()
     if not noise:

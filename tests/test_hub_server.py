@@ -155,6 +155,13 @@ def test_fresh_cached_offline_and_gone(hub):
     assert "could not be downloaded" in hub.ask("some/old", HF_HUB_OFFLINE="1")
 
 
+def test_what_a_model_stands_on_is_found_without_its_weights(hub):
+    """So a mistyped --data is told before gigabytes are fetched."""
+    script = "import sys\nfrom llm2vec_min.encoder import find_chain\nprint(find_chain(sys.argv[1])[0])"
+    assert hub.ask("some/model", script=script) == "some/model"
+    assert {name for name, _ in hub.log} == {"config.json", "tokenizer.json", "tokenizer_config.json"}
+
+
 @pytest.mark.slow
 def test_no_network_but_cached(hub):
     """huggingface_hub first tries for almost a minute."""

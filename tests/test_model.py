@@ -215,16 +215,15 @@ def test_attention_by_hand_is_torchs(causal, padding, monkeypatch):
     expected = ours.attend(q, k, v, mask, causal)
     torch.testing.assert_close(by_hand, expected, **TOLERANCE)
     torch.manual_seed(0)
-    torch.testing.assert_close(ours.attend(q, k, v, mask, causal, 1e-9, True), expected, **TOLERANCE)
+    torch.testing.assert_close(ours.attend(q, k, v, mask, causal, 1e-9), expected, **TOLERANCE)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("training", [True, False])
-def test_short_rows_do_without_torchs_kernel(training, dtype, monkeypatch):
+def test_short_rows_do_without_torchs_kernel(dtype, monkeypatch):
     monkeypatch.setattr(F, "scaled_dot_product_attention", None)
 
     def attend(T: int) -> None:
-        ours.attend(*(torch.randn(1, 2, T, 8, dtype=dtype) for _ in "qkv"), None, True, 0.0, training)
+        ours.attend(*(torch.randn(1, 2, T, 8, dtype=dtype) for _ in "qkv"), None, True)
 
     attend(ours.SHORT[dtype.itemsize])
     with pytest.raises(TypeError, match="not callable"):
@@ -238,10 +237,10 @@ def test_attention_by_hand_in_bfloat16(causal, padding, monkeypatch):
     mask = attention_mask(random_batch(padding=padding)[1], 11, causal=causal)
     tensors = [torch.randn(3, heads, 11, 8).bfloat16().requires_grad_() for heads in (4, 2, 2)]
     exact = [tensor.detach().double().requires_grad_() for tensor in tensors]
-    result = ours.attend(*tensors, mask, causal, 0.0, True)
+    result = ours.attend(*tensors, mask, causal)
     result.double().square().sum().backward()
     monkeypatch.setattr(ours, "SHORT", {})
-    expected = ours.attend(*exact, mask, causal, 0.0, True)
+    expected = ours.attend(*exact, mask, causal)
     expected.square().sum().backward()
     loose = dict(rtol=5e-2, atol=5e-2)
     torch.testing.assert_close(result.double(), expected, **loose)

@@ -66,6 +66,7 @@ def export_model(
         l2v.tokenize(["a"], prompt)  # refuses one that leaves no room for a text
     if sentence_transformers:
         _refuse_unequal(l2v, prompts)
+    output = Path(output).expanduser()
     l2v.check_place(output, overwrite)
     with new_folder(output) as folder:
         l2v.write_merged(folder, dtype, max_shard_bytes)

@@ -1,8 +1,8 @@
-"""From a batch to an adapter: one file per stage, each with its whole method.
+"""From a batch to an adapter: one file per stage, mntp and simcse each with its whole method.
 
-Read mntp, simcse, then supervised, whose data is in triplets. They stand on settings, loop (optimizer, metrics, resume)
-and output (the run's folder); pretrain makes a small Llama to begin with; distributed and memory are for large ones; flags is
-what train.py can be told.
+Read these, then supervised, which takes the loss from simcse and its data from triplets. They stand on settings, loop
+(optimizer, metrics, resume) and output (the run's folder); pretrain makes a small Llama to begin with; distributed and memory
+are for large ones; flags is what train.py can be told.
 """
 
 from .loop import Loop

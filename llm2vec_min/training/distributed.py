@@ -17,7 +17,7 @@ from ..lora import LoRALinear
 from ..model import Decoder
 
 
-def add_up(tensors: list[Tensor]) -> None:
+def all_reduce(tensors: list[Tensor]) -> None:
     """Replaces each tensor by its sum over all processes; the same shapes and one dtype everywhere."""
     if world_size() == 1:
         return
@@ -27,7 +27,7 @@ def add_up(tensors: list[Tensor]) -> None:
         tensor.copy_(total.view_as(tensor))
 
 
-def gather(x: Tensor) -> Tensor:
+def all_gather(x: Tensor) -> Tensor:
     """The rows of all processes in order, (n, ...) -> (world_size * n, ...), without a gradient."""
     if world_size() == 1:
         return x.detach()
@@ -56,7 +56,7 @@ def shard(decoder: Decoder, device: torch.device) -> None:
     fully_shard(decoder, mesh=mesh, ignored_params=whole)
 
 
-def synchronize(tensors: list[Tensor]) -> None:
+def broadcast(tensors: list[Tensor]) -> None:
     """Process 0's values for everyone, in place."""
     if world_size() > 1:
         for tensor in tensors:

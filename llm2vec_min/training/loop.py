@@ -83,7 +83,7 @@ class Loop:
         if settings.batch_size % world_size():
             raise ValueError(f"--batch-size is {settings.batch_size}, which {world_size()} processes cannot share evenly")
         self.model, self.settings, self.quiet = model, settings, quiet
-        self.output = None if output is None else Path(output)
+        self.output = None if output is None else Path(output).expanduser()
         self.arguments, self.resumed = arguments, resume
         self.is_new = not resume  # the folder has yet to be made
         self.is_main = rank() == 0  # who writes and reports
@@ -104,7 +104,7 @@ class Loop:
             fused=True,
         )
         self.start = self._load_checkpoint() if resume and self.output is not None else 0
-        distributed.synchronize(list(self.parameters.values()))
+        distributed.broadcast(list(self.parameters.values()))
         self.history: list[dict] = []  # what this process adds to metrics.jsonl, for notebooks
 
     def __iter__(self) -> Iterator[int]:
@@ -204,7 +204,7 @@ class Loop:
         for parameter in unreached:  # by this process's loss: zeros, to be added up; moments and weight decay still act
             parameter.grad = torch.zeros_like(parameter)
         loss, stop = loss.detach().clone(), loss.new_full((), float(self.stopping))
-        distributed.add_up([loss, stop, *(p.grad for p in self.parameters.values())])
+        distributed.all_reduce([loss, stop, *(p.grad for p in self.parameters.values())])
         norm = nn.utils.clip_grad_norm_(self.parameters.values(), self.settings.max_grad_norm or math.inf)
         loss, norm, stop = torch.stack([loss, norm.to(loss), stop]).tolist()
         self.stopped = stop > 0

@@ -59,17 +59,14 @@ def mask_tokens(
     if not 0 < probability <= 1:
         raise ValueError(f"mask probability is {probability}, expected a number in (0, 1]")
 
-    def draw() -> Tensor:
-        return torch.rand(input_ids.shape, generator=generator)
-
     maskable = ~torch.isin(input_ids, torch.tensor(sorted(special_ids), dtype=torch.int64))
     maskable[:, 0] = False
-    chosen = (draw() < probability) & maskable
+    chosen = (torch.rand(input_ids.shape, generator=generator) < probability) & maskable
     labels = input_ids.masked_fill(~chosen, IGNORED)
     if style == "all":
         masked_ids = input_ids.masked_fill(chosen, mask_id)
     elif style == "bert":
-        fate = draw()
+        fate = torch.rand(input_ids.shape, generator=generator)
         random_ids = torch.randint(vocab_size, input_ids.shape, generator=generator)
         masked_ids = input_ids.masked_fill(chosen & (fate < 0.8), mask_id)
         masked_ids = torch.where(chosen & (fate >= 0.9), random_ids, masked_ids)
@@ -116,7 +113,7 @@ def held_out_score(l2v: LLM2Vec, blocks: np.ndarray, settings: Settings) -> dict
     generator = torch.Generator().manual_seed(settings.seed)
     # all at once: the masks, and so the score, do not depend on the batch size
     masked_ids, labels = mask_tokens(torch.from_numpy(blocks).long(), **masking(l2v, settings), generator=generator)
-    loss, right, count = 0.0, 0, 0  # the first two stay on the device until the end
+    loss, correct, count = 0.0, 0, 0  # the first two stay on the device until the end
     size = settings.micro_batch_size or settings.batch_size // world_size()  # as many as in training
     chunk = LOGITS_AT_ONCE // l2v.lm_head.out_features
     for ids, wanted in zip(masked_ids.split(size), labels.split(size), strict=True):
@@ -124,9 +121,9 @@ def held_out_score(l2v: LLM2Vec, blocks: np.ndarray, settings: Settings) -> dict
         for some, true in zip(hidden.split(chunk), targets.split(chunk), strict=True):
             logits = l2v.lm_head(some).float()
             loss = loss + F.cross_entropy(logits, true, reduction="sum")
-            right = right + (logits.argmax(-1) == true).sum()
+            correct = correct + (logits.argmax(-1) == true).sum()
         count += len(targets)
-    return {"held_out_loss": float(loss) / max(1, count), "held_out_accuracy": float(right) / max(1, count)}
+    return {"held_out_loss": float(loss) / max(1, count), "held_out_accuracy": float(correct) / max(1, count)}
 
 
 def masking(l2v: LLM2Vec, settings: Settings) -> dict:

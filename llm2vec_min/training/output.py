@@ -128,7 +128,7 @@ def open_output(work: Path, arguments: dict | None = None) -> None:
 def finish_output(work: str | Path, output: str | Path | None = None) -> None:
     """The run's result is saved in `work`: puts it in its place, `output`, if that is another, and drops the checkpoint, which
     is no longer needed."""
-    work, output = Path(work), Path(output or work)
+    work, output = Path(work).expanduser(), Path(output or work).expanduser()
     if work != output:
         replace_folder(work, output)
     # what a kill has left beside a file of the run (safetensors writes into .tmp files), and last the checkpoint, which

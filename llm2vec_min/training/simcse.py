@@ -42,18 +42,17 @@ def info_nce(queries: Tensor, candidates: Tensor, temperature: float = 0.05, com
     return F.cross_entropy(cosines / temperature, torch.arange(len(queries), device=queries.device))
 
 
-def twin_mask(kind: np.ndarray) -> np.ndarray:
+def twin_mask(sentence_id: Tensor) -> Tensor:
     """Which twins each sentence is compared with, (B, B) bool: its own, and those of all sentences that differ from it. Equal
-    ones often meet, since a batch holds sentences of like length. kind: (B,), one number for each distinct sentence."""
-    return (kind[:, None] != kind) | np.eye(len(kind), dtype=bool)
+    ones often meet, since a batch holds sentences of like length. sentence_id: (B,), equal for equal sentences."""
+    return (sentence_id[:, None] != sentence_id) | torch.eye(len(sentence_id), dtype=torch.bool)
 
 
 def embed_twins(l2v: LLM2Vec, encoded: list[Encoded]) -> tuple[Tensor, Tensor]:
     """Two embeddings (B, C) of each sentence, from one forward pass over the doubled batch: every row draws its own
     dropout. Pools the same tokens as inference does."""
     hidden, pool_mask = l2v.states(encoded + encoded)  # (2B, T, C), (2B, T)
-    first, second = pool(hidden, pool_mask, l2v.pooling).chunk(2)
-    return first, second
+    return pool(hidden, pool_mask, l2v.pooling).chunk(2)
 
 
 def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tensor], Tensor]) -> Tensor:
@@ -72,7 +71,7 @@ def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tens
     """
     with torch.set_grad_enabled(parts == 1):  # a single part keeps its graph, and needs no second pass
         mine = [embed(part) for part in range(parts)]
-    vectors = distributed.gather(torch.cat(mine)).requires_grad_()  # those of all processes
+    vectors = distributed.all_gather(torch.cat(mine)).requires_grad_()  # those of all processes
     loss = loss_of(vectors) / world_size()  # each process computes all of it, and `update` adds the shares up
     loss.backward()  # as far as the vectors, and to weights in the loss itself, if it has any
     gradient = world_size() * vectors.grad.chunk(world_size())[rank()]  # undivided: no other process carries these on
@@ -85,7 +84,7 @@ def backward(embed: Callable[[int], Tensor], parts: int, loss_of: Callable[[Tens
 @torch.no_grad()
 def explain(l2v: LLM2Vec, sentences: list[str], max_length: int) -> str:
     """Two sentences in words: how alike they are to the model, and how alike the twins of the first are."""
-    encoded = tokenize(l2v, sentences[:2], max_length)
+    encoded = l2v.tokenizer.encode(sentences[:2], max_length=max_length)
     a, b = l2v.encode(encoded, normalize=True)
     was_training = l2v.training
     l2v.train()
@@ -95,11 +94,6 @@ def explain(l2v: LLM2Vec, sentences: list[str], max_length: int) -> str:
     l2v.train(was_training)
     twins = F.cosine_similarity(first, second).item()
     return f"A: {sentences[0]}\nB: {sentences[1]}\ncosine of A and B {a @ b:.3f}, of A and its twin {twins:.3f}"
-
-
-def tokenize(l2v: LLM2Vec, sentences: list[str], max_length: int) -> list[Encoded]:
-    """Ids and pooled positions; no instruction, no template."""
-    return l2v.tokenizer.encode(sentences, max_length=max_length)
 
 
 def train_simcse(
@@ -128,10 +122,10 @@ def train_simcse(
     if len(sentences) > needed:  # do not tokenize a million sentences to use some
         chosen = np.random.default_rng(settings.seed).permutation(len(sentences))[:needed]
         sentences = [sentences[i] for i in chosen]
-    encoded = tokenize(l2v, sentences, settings.max_length)
+    encoded = l2v.tokenizer.encode(sentences, max_length=settings.max_length)  # no instruction, no template
     lengths = [len(row.ids) for row in encoded]
     numbers: dict[bytes, int] = {}
-    kind = np.array([numbers.setdefault(row.ids.tobytes(), len(numbers)) for row in encoded])  # equal for equal sentences
+    sentence_id = torch.tensor([numbers.setdefault(row.ids.tobytes(), len(numbers)) for row in encoded])
     if len(numbers) == 1:
         raise ValueError(f"all {len(sentences)} sentences are the same to the model: there is nothing to tell apart")
     loop = Loop(l2v.decoder, settings, output, evaluate=evaluate, **loop_options)
@@ -145,8 +139,8 @@ def train_simcse(
 
         for _ in loop:
             rows = next(order)  # (B,), the batch of all processes
-            parts = [[encoded[i] for i in rows[part]] for part in loop.micro_batches()]
-            compared = to_device(torch.from_numpy(twin_mask(kind[rows])), l2v.device)
+            parts = [[encoded[i] for i in rows[some]] for some in loop.micro_batches()]
+            compared = to_device(twin_mask(sentence_id[rows]), l2v.device)
 
             def embed(part: int) -> Tensor:
                 loop.seed_dropout(part)

@@ -1,4 +1,5 @@
-"""Stage 3, supervised contrastive training (LLM2Vec section 5): the whole method in one file.
+"""Stage 3, supervised contrastive training (LLM2Vec section 5). Read simcse.py first: the loss itself, `info_nce`, and GradCache,
+`backward`, are there; files and the drawing of batches are in triplets.py.
 
 Each query has a positive, which answers it or says the same, and perhaps hard negatives, which only look like it. The loss
 is SimCSE's, with the positive where the twin was: to find it among the positives and hard negatives of the whole batch.
@@ -19,7 +20,7 @@ from ..device import rank, to_device, world_size
 from ..encoder import LLM2Vec
 from ..pooling import pool
 from ..tokenizer import Encoded
-from .distributed import synchronize
+from . import distributed
 from .loop import Loop
 from .settings import Settings
 from .simcse import backward, info_nce
@@ -106,7 +107,7 @@ def filter_negatives(l2v: LLM2Vec, triplets: list[Triplet], share: float, max_le
         vectors = l2v.encode(l2v.tokenize(flatten(rows), max_length=max_length), normalize=True)
         cosines = np.einsum("nc,nc->n", vectors[owners(rows)], vectors[len(rows) :])  # of every candidate with its query
         agreed = to_device(torch.from_numpy(cosines), l2v.device)
-        synchronize([agreed])  # rounded otherwise, another process might keep other negatives
+        distributed.broadcast([agreed])  # rounded otherwise, another process might keep other negatives
         cosines = agreed.cpu().numpy()
         positives, negatives = cosines[: len(rows)], iter(cosines[len(rows) :])  # in the order of `flatten`
         for t, positive in zip(rows, positives, strict=True):

@@ -32,7 +32,8 @@ from speed import Libraries, Ours, make_texts, synchronize
 from llm2vec_min import LLM2Vec, ModelConfig
 from llm2vec_min.config import PRESETS
 from llm2vec_min.device import pick_device
-from llm2vec_min.model import Decoder, compile_layers, init_weights
+from llm2vec_min.fast import compile_layers
+from llm2vec_min.model import Decoder, init_weights
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import memory
 from llm2vec_min.training.mntp import mask_tokens

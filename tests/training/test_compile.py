@@ -7,9 +7,9 @@ from torch import nn
 
 from conftest import TEXTS
 from llm2vec_min import LLM2Vec, model
-from llm2vec_min.fast import dropout
+from llm2vec_min.fast import compile_layers, dropout
 from llm2vec_min.lora import add_lora
-from llm2vec_min.model import compile_layers, set_attention_dropout
+from llm2vec_min.model import set_attention_dropout
 from llm2vec_min.training.simcse import embed_twins
 
 BATCHES = [TEXTS[:2], TEXTS[:3], [TEXTS[0]] * 2, [TEXTS[1]] * 3, TEXTS[4:], TEXTS[3:4]]  # padded or not, of several shapes
@@ -30,10 +30,9 @@ def l2v(model_folder, monkeypatch):
     torch._dynamo.reset()
 
 
-def attend_as_a_gpu_does(q, k, v, mask, causal, noise, training):
-    noise = noise if training else 0.0
+def attend_as_a_gpu_does(q, k, v, mask, causal, dropout_p):
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
-    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=noise, is_causal=causal and mask is None)
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout_p, is_causal=causal and mask is None)
 
 
 def two_passes(l2v, texts) -> list:

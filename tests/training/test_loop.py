@@ -697,10 +697,10 @@ def test_a_signal_to_another_process_stops_this_one_too(tmp_path, monkeypatch):
     model = torch.nn.Linear(2, 2)
     loop = Loop(model, Settings(steps=3), tmp_path / "run", arguments={"stage": "own"}, quiet=True)
 
-    def add_up(tensors):
+    def all_reduce(tensors):
         tensors[1] += 1  # what the other one adds to this process's 0
 
-    monkeypatch.setattr(distributed, "add_up", add_up)
+    monkeypatch.setattr(distributed, "all_reduce", all_reduce)
     with pytest.raises(KeyboardInterrupt, match="stopped after step 1, which is saved"):
         for _ in loop:
             model(torch.ones(1, 2)).sum().backward()

@@ -9,9 +9,10 @@ import torch
 from llm2vec_min import LLM2Vec
 from llm2vec_min.lora import add_lora
 from llm2vec_min.model import set_attention_dropout
+from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import Loop, simcse
 from llm2vec_min.training.settings import Settings
-from llm2vec_min.training.simcse import backward, embed_twins, explain, info_nce, tokenize, train_simcse, twin_mask
+from llm2vec_min.training.simcse import backward, embed_twins, explain, info_nce, train_simcse, twin_mask
 
 
 def by_hand(queries, candidates, temperature):
@@ -55,7 +56,7 @@ def test_a_weight_in_the_loss_learns_too(parts):
 
 
 def test_twins_differ_by_dropout_only(l2v):
-    encoded = tokenize(l2v, ["the cat sat", "a dog"], 32)
+    encoded = l2v.tokenize(["the cat sat", "a dog"])
     first, second = embed_twins(l2v, encoded)
     torch.testing.assert_close(first, second)
     np.testing.assert_allclose(first.detach(), l2v.encode(["the cat sat", "a dog"]), rtol=1e-5, atol=1e-5)
@@ -69,7 +70,7 @@ def test_twins_of_equal_sentences_differ_too(l2v):
     """Every row draws its own noise: two copies in a batch are not given the same."""
     set_attention_dropout(l2v.decoder, 0.3)
     l2v.train()
-    first, _ = embed_twins(l2v, tokenize(l2v, ["the cat sat"] * 2, 32))
+    first, _ = embed_twins(l2v, l2v.tokenize(["the cat sat"] * 2))
     assert (first[0] - first[1]).abs().max() > 1e-3
 
 
@@ -86,7 +87,7 @@ def test_explanation(l2v):
 
 def test_equal_sentences_are_not_negatives(l2v, monkeypatch):
     """In a batch of a, a, b the query a is compared with its twin and b's, not with the other a's."""
-    compared = torch.from_numpy(twin_mask(np.array([7, 7, 2])))
+    compared = twin_mask(torch.tensor([7, 7, 2]))
     assert compared.tolist() == [[True, False, True], [False, True, True], [True, True, True]]
     a, b = torch.randn(3, 8), torch.randn(3, 8)
     expected = np.mean(
@@ -124,13 +125,13 @@ def test_dropout_ends_with_the_training_even_if_it_fails(l2v):
 def test_sentences_are_drawn_from_all_and_meet_their_like(l2v, monkeypatch):
     sentences = [f"{i} " + "word " * (i % 7) for i in range(200)]
     seen, ordered = [], []
-    whole, draw = simcse.tokenize, simcse.batches
-    monkeypatch.setattr(simcse, "tokenize", lambda l2v, texts, n: seen.extend(texts) or whole(l2v, texts, n))
+    encode, draw = l2v.tokenizer.encode, simcse.batches
+    monkeypatch.setattr(l2v.tokenizer, "encode", lambda texts, **options: seen.extend(texts) or encode(texts, **options))
     monkeypatch.setattr(simcse, "batches", lambda *a, **options: ordered.append(options["lengths"]) or draw(*a, **options))
     train_simcse(l2v, sentences, Settings(steps=2, batch_size=8), quiet=True)
     numbers = [int(text.split()[0]) for text in seen[:16]]
     assert len(set(numbers)) == 16 and max(numbers) > 100, "not the first of the file, which may be sorted"
-    assert ordered == [[len(row.ids) for row in whole(l2v, seen[:16], 128)]]
+    assert ordered == [[len(row.ids) for row in encode(seen[:16], max_length=128)]]
 
 
 @pytest.mark.parametrize("parts, expected", [(1, [True]), (2, [False, False, True, True])])
@@ -144,8 +145,10 @@ def test_several_parts_are_first_read_without_a_graph(parts, expected):
 
 
 def test_the_seed_decides_which_sentences_are_read_and_both_twins_count(monkeypatch):
-    whole, update, seen, tokens = simcse.tokenize, Loop.update, [], []
-    monkeypatch.setattr(simcse, "tokenize", lambda l2v, texts, n: seen.append(texts) or whole(l2v, texts, n))
+    encode, update, seen, tokens = Tokenizer.encode, Loop.update, [], []
+    monkeypatch.setattr(
+        Tokenizer, "encode", lambda self, texts, **options: seen.append(texts) or encode(self, texts, **options)
+    )
     monkeypatch.setattr(Loop, "update", lambda self, loss, count: tokens.append(count) or update(self, loss, count))
     for seed in (0, 1):
         l2v = LLM2Vec.from_pretrained("tiny", device="cpu")
@@ -153,4 +156,4 @@ def test_the_seed_decides_which_sentences_are_read_and_both_twins_count(monkeypa
         sentences = [f"sentence {i}" for i in range(200)]
         simcse.train_simcse(l2v, sentences, Settings(steps=1, batch_size=8, seed=seed), quiet=True)
     assert set(seen[0]) != set(seen[1])
-    assert tokens[0] == 2 * sum(len(row.ids) for row in whole(l2v, seen[0], 128))
+    assert tokens[0] == 2 * sum(len(row.ids) for row in encode(l2v.tokenizer, seen[0], max_length=128))

@@ -209,7 +209,7 @@ def test_all_processes_filter_by_the_cosines_of_the_first(l2v, monkeypatch):
     """One rounding apart, and their batches would not be of one size."""
     triplets = some_triplets(9)
     own = filter_negatives(l2v, triplets, 0.95)
-    monkeypatch.setattr(supervised, "synchronize", lambda tensors: [tensor.fill_(0.5) for tensor in tensors])
+    monkeypatch.setattr(supervised.distributed, "broadcast", lambda tensors: [tensor.fill_(0.5) for tensor in tensors])
     told = filter_negatives(l2v, triplets, 0.95)
     assert own != triplets and all(not t.negatives for t in told), "0.5 is above 95 % of 0.5"
 
