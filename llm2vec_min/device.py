@@ -56,7 +56,7 @@ def use_deterministic() -> None:
 
 
 def kept_random_state(device: torch.device) -> AbstractContextManager:
-    """After the block torch draws, on the CPU and on a CUDA device, as if it had not run."""
+    """Restores torch's random state, the CPU's and a CUDA device's, after the block."""
     return torch.random.fork_rng([device] if device.type == "cuda" else [])
 
 

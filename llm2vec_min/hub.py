@@ -62,7 +62,7 @@ def find_preset(name: str | Path) -> Preset | None:
     """The preset of a preset's name, of its hub id (at any revision), or of a run or merged folder that was trained with one
     or whose base is one of these; without a download."""
     name = str(name)
-    for depth in range(9):  # a run on a merged folder, which was a run on another: not for ever, two may name each other
+    for depth in range(9):  # from a run to its base, and on; no further than this, since two folders may name each other
         folder = expanduser(name).rstrip("/") or name
         path = join(folder, "llm2vec_config.json")
         if not isfile(path) and basename(dirname(folder)) == "adapters":  # an earlier stage of a run

@@ -62,67 +62,6 @@ class Tokenizer:
         # Padding is masked out everywhere, so any id will do where the tokenizer names none.
         self.pad_id = self.backend.token_to_id(pad or eos or bos or "") or 0
 
-    def encode_batch(self, texts: list[str], offsets: bool = True) -> list[tokenizers.Encoding]:
-        """The backend's encodings, special tokens included; faster without the offsets of tokens in the text.
-
-        Raises:
-            ValueError: the tokenizer fails.
-        """
-        return self._call(self.backend.encode_batch if offsets else self.backend.encode_batch_fast, texts)
-
-    def _call(self, function, *arguments):
-        try:
-            return function(*arguments)
-        except BaseException as error:  # tokenizers raises plain Exception, and its panics (in Rust) are not even that
-            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
-                raise
-            raise ValueError(f"{self.path}: the tokenizer fails ({repr(str(error)[:300])[1:-1]})") from None
-
-    def _settle(self) -> None:
-        """Switches off the backend's own padding, truncation and dropout."""
-        self.backend.no_padding()
-        self.backend.no_truncation()
-        if getattr(self.backend.model, "dropout", None):  # the same text, the same ids
-            self.backend.model.dropout = None
-        self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
-
-    def limit_vocabulary(self, vocab_size: int) -> None:
-        """Forgets the added tokens that a model has no embedding for (most often a padding token), so that a text that
-        contains one is split like any other.
-
-        Args:
-            vocab_size: ids that have an embedding.
-        Raises:
-            ValueError: the vocabulary itself is larger, or the special tokens around every text have no embedding.
-        """
-        if max(self.backend.get_added_tokens_decoder(), default=0) >= vocab_size:
-            raw = json.loads(self.backend.to_str())
-            raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < vocab_size]
-            self.backend = self._call(tokenizers.Tokenizer.from_str, json.dumps(raw))
-            self._settle()
-        if self.pad_id >= vocab_size:
-            self.pad_id = 0
-        largest = max([0, *self.backend.get_vocab().values(), *self._call(self.backend.encode, "").ids])
-        if largest >= vocab_size:
-            raise ValueError(f"{self.path}: has the token id {largest}, but config.json's vocab_size is {vocab_size}")
-
-    def _token(self, config: dict, name: str, path: Path) -> str | None:
-        """A token of tokenizer_config.json (a string, or a dict with its "content") if the vocabulary has it."""
-        entry = config.get(name)
-        content = entry.get("content") if isinstance(entry, dict) else entry
-        if content is not None and not isinstance(content, str):
-            raise ValueError(f"{path}: {name} is {short(entry)}, expected a token")
-        return content if content and self.backend.token_to_id(content) is not None else None
-
-    def mask_id(self, token: str = "_") -> int:
-        """The id that replaces masked tokens; LLM2Vec takes the plain underscore."""
-        id = self.backend.token_to_id(token)
-        if id is None:
-            raise ValueError(
-                f"{self.path}: the mask token {token!r} is not in the vocabulary; MNTP needs a tokenizer that has it"
-            )
-        return id
-
     def encode(
         self,
         texts: list[str],
@@ -172,27 +111,6 @@ class Tokenizer:
             encoded.append(Encoded(ids, pooled))
         return encoded
 
-    def _encodings(self, heads: list[str], texts: list[str], suffix: str, max_length: int | None) -> Iterator[tuple]:
-        """Head, text and encoding of each text; of a very long one only the beginning, which is all that is kept of it."""
-        most = None if max_length is None else (max_length + MARGIN) * self._longest  # characters
-        group, size = [], 0
-        for number, (head, text) in enumerate(zip(heads, texts, strict=True), 1):
-            group.append((head, text[:most], text))
-            size += len(text[:most])
-            if size < AT_ONCE and number < len(texts):
-                continue
-            encodings = self.encode_batch([head + cut + suffix for head, cut, _ in group])
-            for (head, cut, text), encoding in zip(group, encodings, strict=True):
-                if len(cut) < len(text) and len(encoding.ids) < max_length + MARGIN:  # a tokenizer that leaves characters out
-                    cut, encoding = text, self._call(self.backend.encode, head + text + suffix)
-                yield head, cut, encoding
-            group, size = [], 0
-
-    @cached_property
-    def _longest(self) -> int:
-        """Characters of the longest token."""
-        return max(map(len, self.backend.get_vocab()), default=1)
-
     def collate(self, encoded: list[Encoded], device: torch.device | None = None) -> Batch:
         """Rows of different lengths as one batch, padded on the left to the longest; on a GPU, where any is padded, to a multiple
         of 16: its kernels prefer that, and shapes repeat."""
@@ -210,15 +128,99 @@ class Tokenizer:
         input_ids, pool_mask = (to_device(torch.from_numpy(x), device) for x in (input_ids, pool_mask))
         return Batch(input_ids, torch.from_numpy(padding_mask) if padded else None, pool_mask)
 
-    def decode(self, ids) -> str:
-        """Text of the ids, special tokens shown."""
-        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+    def mask_id(self, token: str = "_") -> int:
+        """The id that replaces masked tokens; LLM2Vec takes the plain underscore."""
+        id = self.backend.token_to_id(token)
+        if id is None:
+            raise ValueError(
+                f"{self.path}: the mask token {token!r} is not in the vocabulary; MNTP needs a tokenizer that has it"
+            )
+        return id
 
     def pieces(self, ids) -> list[str]:
         """One readable string per token, for printing."""
         return [self.backend.decode([int(i)], skip_special_tokens=False).strip() or "·" for i in ids]
 
+    def decode(self, ids) -> str:
+        """Text of the ids, special tokens shown."""
+        return self.backend.decode([int(i) for i in ids], skip_special_tokens=False)
+
     def save(self, folder: str | Path) -> None:
         """Writes the tokenizer's files as they were read, so that a saved model needs nothing else to read text."""
         for name, content in self.files.items():
             (Path(folder) / name).write_bytes(content)
+
+    # ---- Around the backend, whose vocabulary, failures and memory have limits ----
+
+    def _encodings(self, heads: list[str], texts: list[str], suffix: str, max_length: int | None) -> Iterator[tuple]:
+        """Head, text and encoding of each text; of a very long one only the beginning, which is all that is kept of it."""
+        max_chars = None if max_length is None else (max_length + MARGIN) * self._longest
+        group, size = [], 0
+        for number, (head, text) in enumerate(zip(heads, texts, strict=True), 1):
+            group.append((head, text[:max_chars], text))
+            size += len(text[:max_chars])
+            if size < AT_ONCE and number < len(texts):
+                continue
+            encodings = self.encode_batch([head + cut + suffix for head, cut, _ in group])
+            for (head, cut, text), encoding in zip(group, encodings, strict=True):
+                if len(cut) < len(text) and len(encoding.ids) < max_length + MARGIN:  # a tokenizer that leaves characters out
+                    cut, encoding = text, self._call(self.backend.encode, head + text + suffix)
+                yield head, cut, encoding
+            group, size = [], 0
+
+    @cached_property
+    def _longest(self) -> int:
+        """Characters of the longest token."""
+        return max(map(len, self.backend.get_vocab()), default=1)
+
+    def encode_batch(self, texts: list[str], offsets: bool = True) -> list[tokenizers.Encoding]:
+        """The backend's encodings, special tokens included; faster without the offsets of tokens in the text.
+
+        Raises:
+            ValueError: the tokenizer fails.
+        """
+        return self._call(self.backend.encode_batch if offsets else self.backend.encode_batch_fast, texts)
+
+    def _call(self, function, *arguments):
+        try:
+            return function(*arguments)
+        except BaseException as error:  # tokenizers raises plain Exception, and its panics (in Rust) are not even that
+            if not isinstance(error, Exception) and type(error).__name__ != "PanicException":
+                raise
+            raise ValueError(f"{self.path}: the tokenizer fails ({repr(str(error)[:300])[1:-1]})") from None
+
+    def _settle(self) -> None:
+        """Switches off the backend's own padding, truncation and dropout."""
+        self.backend.no_padding()
+        self.backend.no_truncation()
+        if getattr(self.backend.model, "dropout", None):  # the same text, the same ids
+            self.backend.model.dropout = None
+        self.special_ids = {id for id, token in self.backend.get_added_tokens_decoder().items() if token.special}
+
+    def _token(self, config: dict, name: str, path: Path) -> str | None:
+        """A token of tokenizer_config.json (a string, or a dict with its "content") if the vocabulary has it."""
+        entry = config.get(name)
+        content = entry.get("content") if isinstance(entry, dict) else entry
+        if content is not None and not isinstance(content, str):
+            raise ValueError(f"{path}: {name} is {short(entry)}, expected a token")
+        return content if content and self.backend.token_to_id(content) is not None else None
+
+    def limit_vocabulary(self, vocab_size: int) -> None:
+        """Forgets the added tokens that a model has no embedding for (most often a padding token), so that a text that
+        contains one is split like any other.
+
+        Args:
+            vocab_size: ids that have an embedding.
+        Raises:
+            ValueError: the vocabulary itself is larger, or the special tokens around every text have no embedding.
+        """
+        if max(self.backend.get_added_tokens_decoder(), default=0) >= vocab_size:
+            raw = json.loads(self.backend.to_str())
+            raw["added_tokens"] = [token for token in raw["added_tokens"] if token["id"] < vocab_size]
+            self.backend = self._call(tokenizers.Tokenizer.from_str, json.dumps(raw))
+            self._settle()
+        if self.pad_id >= vocab_size:
+            self.pad_id = 0
+        largest = max([0, *self.backend.get_vocab().values(), *self._call(self.backend.encode, "").ids])
+        if largest >= vocab_size:
+            raise ValueError(f"{self.path}: has the token id {largest}, but config.json's vocab_size is {vocab_size}")

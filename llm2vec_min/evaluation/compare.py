@@ -63,8 +63,8 @@ def resample(score: Score, resamples: int = RESAMPLES, seed: int = 0) -> tuple[f
 
 
 def interval(value: float, draws: np.ndarray) -> dict[str, float | None]:
-    """A score as {"value", "low", "high"}, the 95 % interval, moved so that its centre is the value, because repeated rows
-    flatter some metrics (V-measure), but not below 0 where no resample is. All None where the score is not defined (all cosines
+    """A score as {"value", "low", "high"}: the 95 % interval of the resamples, moved so that their mean is the value, because
+    repeated rows flatter some metrics (V-measure), and not below 0 unless a resample is. All None where undefined (all cosines
     equal), low and high with fewer than FEWEST independent rows."""
     if not math.isfinite(value):
         return {"value": None, "low": None, "high": None}

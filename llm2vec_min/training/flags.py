@@ -194,7 +194,7 @@ def check(args: argparse.Namespace, parser: argparse.ArgumentParser) -> None:
         raise ValueError(f"--stage is {args.stage!r}, expected one of {', '.join(STAGES)}")
     if args.preset is not None and args.preset not in PRESETS:
         raise ValueError(f"--preset is {args.preset!r}, expected one of {', '.join(PRESETS)}")
-    for name, stages in READ_BY.items():  # whoever gives one expects it to do something
+    for name, stages in READ_BY.items():  # a flag that the stage would ignore is a mistake
         if args.stage not in stages and getattr(args, name) != parser.get_default(name):
             raise ValueError(f"--{name.replace('_', '-')}: is for --stage {' or '.join(stages)}, {args.stage} does not read it")
     for name, value in vars(args).items():

@@ -10,8 +10,8 @@ SCHEDULES = ("linear", "cosine")
 
 @dataclass
 class Settings:
-    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored. The LoRA fields are
-    for `train.py`'s call of `add_lora`; who calls `train_mntp` and the like makes that call.
+    """How to train; every field is the `train.py` flag of that name. Fields of other stages are ignored. Only
+    train.py reads the LoRA fields: if you call `train_mntp` or the like yourself, call `add_lora` first.
 
     Raises:
         ValueError: an unknown schedule.

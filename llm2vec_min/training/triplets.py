@@ -53,7 +53,7 @@ FIELDS = ("query", "positive", "negative", "instruction")
 
 
 def texts_of(record: dict, field: str, where: str) -> list[str]:
-    """A field's text or texts; ValueError for anything else, and where there is none but of the negative."""
+    """A field's text or texts; ValueError if it is something else, or missing (only the negative may be)."""
     value = record.get(field)
     values = value if isinstance(value, list) else [] if value is None else [value]
     if not all(isinstance(text, str) and text.strip() for text in values) or (field != "negative" and not values):
