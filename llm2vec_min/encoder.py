@@ -99,7 +99,7 @@ def find_chain(name: str | Path, above: tuple[str, ...] = ()) -> tuple[str, list
     PEFT folder, as the authors publish them, names its base, which may again be such a folder. Their second adapters do not say
     that they stand on the first: for these the preset does. Anything else is a base by itself.
 
-    Of a hub model all but the weights is downloaded.
+    Of a hub model all is downloaded but the base's weights.
 
     Args:
         above: the adapters' names that led here.
@@ -252,8 +252,8 @@ class LLM2Vec(nn.Module):
         folders = (*reversed(chain), base_folder)  # the newest tokenizer counts
         if not settings and None in (pooling, causal) and any(member(folder, "modules.json").is_file() for folder in folders):
             warnings.warn(
-                f"{name}: is an encoder of sentence-transformers, of which weights and tokenizer are read, its pooling and prompts are "
-                f"not: pooling is {pooling or 'mean'!r}, causal is {bool(causal)}, where both must be what it was trained with",
+                f"{name}: was made for sentence-transformers, whose pooling, direction and prompts are not read. Name both as it was "
+                f"trained: pooling=... (now {pooling or 'mean'!r}), causal=... (now {bool(causal)})",
                 stacklevel=2,
             )
         pooling = pooling or settings.get("pooling_mode", "mean")

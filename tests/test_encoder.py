@@ -21,9 +21,10 @@ from llm2vec_min.model import Decoder
 from llm2vec_min.pooling import POOLING_MODES
 from llm2vec_min.tokenizer import Tokenizer
 from llm2vec_min.training import Loop, Settings, finish_output, info_nce
-from llm2vec_min.training.output import CHECKPOINT
+from llm2vec_min.training.output import CHECKPOINT, plan_output
+from llm2vec_min.training.pretrain import pretrain
 from llm2vec_min.training.simcse import embed_twins
-from llm2vec_min.weights import adapter_of, load_decoder, save_adapter
+from llm2vec_min.weights import adapter_of, load_decoder, load_language_model, save_adapter
 
 
 @pytest.fixture(scope="module")
@@ -294,7 +295,19 @@ def test_what_is_saved_can_be_loaded(model_folder, tmp_path, monkeypatch):
     loop.open()
     (tmp_path / "own" / CHECKPOINT).write_bytes(b"")
     finish_output("~/own")
-    assert {path.name for path in tmp_path.iterdir()} == {"merged", "run", "exported", "own"}
+    assert plan_output("~/new", {}) == tmp_path / "new"
+    model, blocks = load_language_model(model_folder), np.ones((2, 4), dtype=np.int32)
+    pretrain(
+        model.requires_grad_(),
+        blocks,
+        blocks,
+        Settings(steps=1, batch_size=2),
+        "~/pretrained",
+        tokenizer=l2v.tokenizer,
+        quiet=True,
+    )
+    assert (tmp_path / "pretrained" / "tokenizer.json").is_file()
+    assert {path.name for path in tmp_path.iterdir()} == {"merged", "run", "exported", "own", "pretrained"}
     assert [path.name for path in (tmp_path / "own").iterdir()] == ["train_args.json"]
     nameless = LLM2Vec(Decoder(decoder.config), l2v.tokenizer)
     add_lora(nameless.decoder, r=2)
@@ -448,7 +461,7 @@ def test_an_encoder_of_another_library_is_not_taken_for_a_plain_model(model_fold
     def warned(folder, **options) -> bool:
         recwarn.clear()
         LLM2Vec.from_pretrained(folder, device="cpu", **options)
-        return any("encoder of sentence-transformers" in str(w.message) for w in recwarn)
+        return any("made for sentence-transformers" in str(w.message) for w in recwarn)
 
     shutil.copytree(model_folder, other := tmp_path / "other")
     assert not warned(other)

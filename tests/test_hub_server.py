@@ -155,7 +155,7 @@ def test_fresh_cached_offline_and_gone(hub):
     assert "could not be downloaded" in hub.ask("some/old", HF_HUB_OFFLINE="1")
 
 
-def test_what_a_model_stands_on_is_found_without_its_weights(hub):
+def test_what_a_model_stands_on_is_found_without_the_bases_weights(hub):
     """So a mistyped --data is told before gigabytes are fetched."""
     script = "import sys\nfrom llm2vec_min.encoder import find_chain\nprint(find_chain(sys.argv[1])[0])"
     assert hub.ask("some/model", script=script) == "some/model"

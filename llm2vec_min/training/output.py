@@ -33,7 +33,7 @@ def plan_output(output: str | Path, arguments: dict, *, overwrite: bool = False,
     Raises:
         ValueError: the output already holds something, or `resume` finds files there that are no run, or one with other arguments.
     """
-    output = Path(output)
+    output = Path(output).expanduser()
     beside = output.with_name(output.name + ".part")
     if output.exists() and not output.is_dir():
         raise ValueError(f"--output {output}: is a file, expected a folder")

@@ -116,7 +116,7 @@ def pretrain(
     order = batches(len(train_blocks), settings.batch_size, settings.seed, loop.start)
     if tokenizer is not None and loop.is_new:
         loop.open()
-        tokenizer.save(output)
+        tokenizer.save(loop.output)
     for _ in loop:
         ids, total = torch.from_numpy(train_blocks[next(order)]).long().to(device), 0.0  # (B, T)
         for rows in loop.micro_batches():

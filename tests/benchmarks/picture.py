@@ -79,8 +79,11 @@ def draw(theme: str) -> str:
     out += [word(x - 62, y, "the", c), word(x, y, "cat?", c, hidden=True), word(x + 62, y, "sat", c)]
     arrow = f'fill="none" stroke="{c["accent"]}" stroke-width="1.6" marker-end="url(#tip)"'
     out.append(f'<path d="M{x - 62} {y - 22} C{x - 56} {y - 46} {x - 14} {y - 46} {x - 4} {y - 23}" {arrow}/>')
+    look = f'fill="none" stroke="{c["bar"]}" stroke-width="1.2" stroke-dasharray="4 3"'
     # "the" names the word to its right, and has looked at the one beyond
-    out.append(f'<path d="M{x + 62} {y + 14} C{x + 50} {y + 38} {x - 50} {y + 38} {x - 60} {y + 16}" {arrow}/>')
+    out.append(f'<path d="M{x - 62} {y + 14} C{x - 50} {y + 38} {x + 50} {y + 38} {x + 62} {y + 14}" {look}/>')
+    out.append(text(x, y + 48, "sees", c["soft"], 11))
+    out.append(text(x - 30, y - 45, "says", c["accent"], 11))
 
     x, y = middle[3], TOP + 20
     for dx, dy, color in ((-56, -6, "accent"), (-38, 10, "accent"), (34, -20, "bar"), (66, 6, "bar"), (26, 32, "bar")):
@@ -92,7 +95,7 @@ def draw(theme: str) -> str:
         out.append(f'<path d="M{x - 15} {y + 2} L{x + dx - 11} {y + dy}" stroke="{c["line"]}" stroke-width="1.6"/>')
 
     bars = {"causal": "as it comes", "bidirectional": "after step 1", "+ MNTP": "after 1 and 2", "LLM2Vec": "LLM2Vec",
-            "causal + SimCSE": "causal + step 3"}  # fmt: skip
+            "causal + SimCSE": "causal + 3"}  # fmt: skip
     places = (*middle[:3], middle[3] - 44, middle[3] + 44)
     out.append(f'<path d="M20 {BASE} H{WIDTH - 20}" stroke="{c["line"]}"/>')
     for x, (name, label) in zip(places, bars.items(), strict=True):
@@ -106,7 +109,7 @@ def draw(theme: str) -> str:
     out.append(text(WIDTH / 2, HEIGHT - 31, "Spearman x 100 on five sentence similarity sets, SmolLM2-135M, plain means, "
                     "no label seen in training.", c["soft"], 12.5))  # fmt: skip
     causal, llm2vec = weighted_control()
-    out.append(text(WIDTH / 2, HEIGHT - 12, f"Trained with a mean in which later tokens count more, causal + step 3 has {causal:.1f} "
+    out.append(text(WIDTH / 2, HEIGHT - 12, f"Trained with a mean in which later tokens count more, causal + 3 has {causal:.1f} "
                     f"(LLM2Vec on that machine: {llm2vec:.1f}).", c["soft"], 12.5))  # fmt: skip
     return "\n".join([*out, "</svg>", ""])
 
