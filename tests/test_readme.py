@@ -64,6 +64,13 @@ def test_counting_words_is_the_measured_one():
     values = {task: scores["spearman"]["value"] for task, scores in every.items()}
     judged = [values[f"sts:{name}.tsv"] for name in picture.SETS]
     assert f"**the mean {mean(judged):.1f}**" in BENCHMARKS and f"[{mean(judged):.1f} without any model]" in README
+    measured = json.loads(counting.RESULTS.read_text())
+    for model, text in (("smollm2-135m", "{:.1f} (SmolLM2's tokens)"), ("tiny", "{:.1f} (`tiny`'s)")):
+        draws = [measured[f"all rows, random vectors, {model}, draw {seed}"] for seed in range(3)]
+        columns = zip(*([next(iter(scores.values()))["value"] for scores in draw.values()] for draw in draws), strict=True)
+        *judged, pairs, search = map(mean, columns)
+        assert text.format(mean(judged)) in README
+        assert " | ".join(f"{value:.1f}" for value in (*judged, mean(judged), pairs, search)) in BENCHMARKS
     pairs = read_pairs(ROOT / "llm2vec_min" / "assets" / "text" / "similarity.tsv")
     found = 100 * spearman(cosine_scores(counting.CountsWords(counting.texts_of("sts", pairs)), *pairs[1:]), pairs[0])
     assert found == pytest.approx(values["sts:similarity.tsv"], abs=0.01)

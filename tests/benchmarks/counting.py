@@ -3,10 +3,12 @@
     python tests/benchmarks/counting.py --tasks sts:stsb_dev.tsv ...                    # into results/counting.json: "all rows",
     python tests/benchmarks/counting.py --limit 1500 --tasks retrieval:cranfield ...    # "1500 rows"
     python tests/benchmarks/counting.py --limit 1500 --numbers 50 --tasks ...           # "1500 rows, 50 numbers"
+    python tests/benchmarks/counting.py --random-vectors tiny --tasks ...               # "all rows, random vectors, tiny, draw 0", ...
 
 A text is the set of its words. Its vector holds log(texts / texts that have it) for each, over the distinct texts of the whole
 task (of a search: its documents), so that two texts are alike if they share rare words. With --numbers N only that many are
-left of it, those of a singular value decomposition of all these vectors. KIND:PATH as in `python -m llm2vec_min.evaluation`.
+left of it, those of a singular value decomposition of all these vectors. With --random-vectors MODEL a text is the mean of its
+tokens, each token of that model a vector of random numbers. KIND:PATH as in `python -m llm2vec_min.evaluation`.
 """
 
 import argparse
@@ -23,8 +25,10 @@ ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 from families import METRICS, SETS
 
+from llm2vec_min import LLM2Vec
 from llm2vec_min.evaluation import compare
 from llm2vec_min.files import read_json, write_json
+from llm2vec_min.model import init_weights
 
 RESULTS = Path(__file__).parent / "results" / "counting.json"
 
@@ -55,6 +59,15 @@ class CountsWords:
                 row[self.columns[word]] = self.weights[word]
         vectors = vectors if self.turn is None else vectors @ self.turn
         return vectors / np.maximum(np.linalg.norm(vectors, axis=1, keepdims=True), 1e-9)
+
+
+def random_vectors(model: str, seed: int) -> LLM2Vec:
+    """A decoder without a layer, with embeddings drawn anew: the mean of random vectors, of equal length, one for each token."""
+    l2v = LLM2Vec.from_pretrained(model, device="cpu")
+    torch.manual_seed(seed)
+    init_weights(l2v.decoder)
+    del l2v.decoder.layers[:]
+    return l2v
 
 
 def texts_of(kind: str, data) -> list[str]:
@@ -94,17 +107,24 @@ def main() -> None:
     parser.add_argument("--tasks", nargs="+", required=True, metavar="KIND:PATH")
     parser.add_argument("--limit", type=int, help="rows to test on, and to train on, as the evaluation draws them")
     parser.add_argument("--numbers", type=int, metavar="N", help="of a vector")
+    parser.add_argument(
+        "--random-vectors", metavar="MODEL", help="instead: whose tokens get a random vector each, in three draws"
+    )
     args = parser.parse_args()
-    measured = {}
-    for name, (kind, data) in compare.read_tasks(args.tasks).items():
-        measured |= compare.measure(CountsWords(texts_of(kind, data), args.numbers), {name: (kind, data)}, limit=args.limit)
-        metric, score = next(iter(measured[name].items()))
-        interval = compare.interval(*score)
-        print(f"{name}: {metric} {interval['value']:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]", flush=True)
-    scores = {name: {metric: compare.interval(*score) for metric, score in m.items()} for name, m in measured.items()}
-    before = read_json(RESULTS) if RESULTS.is_file() else {}
-    write_json(RESULTS, before | {f"{args.limit or 'all'} rows" + f", {args.numbers} numbers" * bool(args.numbers): scores})
-    if args.limit == 1500:  # the rows of the other results
+    for seed in range(3 if args.random_vectors else 1):
+        label = f"{args.limit or 'all'} rows" + f", {args.numbers} numbers" * bool(args.numbers)
+        label += f", random vectors, {Path(args.random_vectors).name}, draw {seed}" if args.random_vectors else ""
+        random = random_vectors(args.random_vectors, seed) if args.random_vectors else None
+        measured = {}
+        for name, (kind, data) in compare.read_tasks(args.tasks).items():
+            encoder = random or CountsWords(texts_of(kind, data), args.numbers)
+            measured |= compare.measure(encoder, {name: (kind, data)}, limit=args.limit)
+            metric, score = next(iter(measured[name].items()))
+            interval = compare.interval(*score)
+            print(f"{name}: {metric} {interval['value']:.1f} [{interval['low']:.1f}, {interval['high']:.1f}]", flush=True)
+        scores = {name: {metric: compare.interval(*score) for metric, score in m.items()} for name, m in measured.items()}
+        write_json(RESULTS, (read_json(RESULTS) if RESULTS.is_file() else {}) | {label: scores})
+    if args.limit == 1500 and not args.random_vectors:  # the rows of the other results
         print(*table(), sep="\n")
 
 
