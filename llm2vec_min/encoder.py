@@ -252,8 +252,9 @@ class LLM2Vec(nn.Module):
         folders = (*reversed(chain), base_folder)  # the newest tokenizer counts
         if not settings and None in (pooling, causal) and any(member(folder, "modules.json").is_file() for folder in folders):
             warnings.warn(
-                f"{name}: was made for sentence-transformers, whose pooling, direction and prompts are not read. Name both as it was "
-                f"trained: pooling=... (now {pooling or 'mean'!r}), causal=... (now {bool(causal)})",
+                f"{name}: was made for sentence-transformers; its pooling, its prompts and whether it is causal are not read. Give "
+                f"what it was trained with: pooling=... (now {pooling or 'mean'!r}), causal=... (now {bool(causal)}), and a prompt, "
+                "if it has one, as instruction=...",
                 stacklevel=2,
             )
         pooling = pooling or settings.get("pooling_mode", "mean")

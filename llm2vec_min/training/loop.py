@@ -153,9 +153,9 @@ class Loop:
         self._check_result()
 
     def _check_result(self) -> None:
-        """ValueError if the run ended without a usable result: weights that are not finite, more than half of its steps skipped,
-        the last ones (in short runs; `MOST_SKIPPED` in a row stop any other), or a gradient of exactly 0 in the last steps
-        though they had a loss (all vectors are zero)."""
+        """ValueError if the run ended without a usable result: weights that are not finite, its last steps skipped and these
+        more than half of it (a longer run ends at `MOST_SKIPPED` in a row), or a gradient of exactly 0 in the last steps though
+        they had a loss (all vectors are zero)."""
         broken = not_finite({name: parameter.detach() for name, parameter in self.parameters.items()})
         steps, what = self.settings.steps, ""
         if broken:

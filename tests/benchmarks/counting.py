@@ -111,6 +111,8 @@ def main() -> None:
         "--random-vectors", metavar="MODEL", help="instead: whose tokens get a random vector each, in three draws"
     )
     args = parser.parse_args()
+    if args.random_vectors and args.numbers:
+        parser.error("--numbers is for counted words")
     for seed in range(3 if args.random_vectors else 1):
         label = f"{args.limit or 'all'} rows" + f", {args.numbers} numbers" * bool(args.numbers)
         label += f", random vectors, {Path(args.random_vectors).name}, draw {seed}" if args.random_vectors else ""

@@ -66,7 +66,9 @@ def draw(theme: str) -> str:
         'font-family="system-ui, -apple-system, Segoe UI, Helvetica, Arial, sans-serif">',
         "<title>The three steps of LLM2Vec, and what each does to the score of SmolLM2-135M</title>",
         f'<defs><marker id="tip" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="7" markerHeight="7" orient="auto">'
-        f'<path d="M0 0 L8 4 L0 8 z" fill="{c["accent"]}"/></marker></defs>',
+        f'<path d="M0 0 L8 4 L0 8 z" fill="{c["accent"]}"/></marker>'
+        f'<marker id="grey" viewBox="0 0 8 8" refX="7" refY="4" markerWidth="6" markerHeight="6" orient="auto">'
+        f'<path d="M0 0 L8 4 L0 8 z" fill="{c["bar"]}"/></marker></defs>',
     ]
     heads = ("A pretrained LLM", "1. Look both ways", "2. MNTP", "3. SimCSE")
     below = ("a word sees those before it", "drop the mask: all see all", "hide words, learn to name them",
@@ -79,9 +81,9 @@ def draw(theme: str) -> str:
     out += [word(x - 62, y, "the", c), word(x, y, "cat?", c, hidden=True), word(x + 62, y, "sat", c)]
     arrow = f'fill="none" stroke="{c["accent"]}" stroke-width="1.6" marker-end="url(#tip)"'
     out.append(f'<path d="M{x - 62} {y - 22} C{x - 56} {y - 46} {x - 14} {y - 46} {x - 4} {y - 23}" {arrow}/>')
-    look = f'fill="none" stroke="{c["bar"]}" stroke-width="1.2" stroke-dasharray="4 3"'
+    look = f'fill="none" stroke="{c["bar"]}" stroke-width="1.4" marker-end="url(#grey)"'
     # "the" names the word to its right, and has looked at the one beyond
-    out.append(f'<path d="M{x - 62} {y + 14} C{x - 50} {y + 38} {x + 50} {y + 38} {x + 62} {y + 14}" {look}/>')
+    out.append(f'<path d="M{x - 62} {y + 14} C{x - 50} {y + 38} {x + 50} {y + 38} {x + 60} {y + 16}" {look}/>')
     out.append(text(x, y + 48, "sees", c["soft"], 11))
     out.append(text(x - 30, y - 45, "says", c["accent"], 11))
 
@@ -95,7 +97,7 @@ def draw(theme: str) -> str:
         out.append(f'<path d="M{x - 15} {y + 2} L{x + dx - 11} {y + dy}" stroke="{c["line"]}" stroke-width="1.6"/>')
 
     bars = {"causal": "as it comes", "bidirectional": "after step 1", "+ MNTP": "after 1 and 2", "LLM2Vec": "LLM2Vec",
-            "causal + SimCSE": "causal + 3"}  # fmt: skip
+            "causal + SimCSE": "step 3 alone"}  # fmt: skip
     places = (*middle[:3], middle[3] - 44, middle[3] + 44)
     out.append(f'<path d="M20 {BASE} H{WIDTH - 20}" stroke="{c["line"]}"/>')
     for x, (name, label) in zip(places, bars.items(), strict=True):
@@ -109,7 +111,7 @@ def draw(theme: str) -> str:
     out.append(text(WIDTH / 2, HEIGHT - 31, "Spearman x 100 on five sentence similarity sets, SmolLM2-135M, plain means, "
                     "no label seen in training.", c["soft"], 12.5))  # fmt: skip
     causal, llm2vec = weighted_control()
-    out.append(text(WIDTH / 2, HEIGHT - 12, f"Trained with a mean in which later tokens count more, causal + 3 has {causal:.1f} "
+    out.append(text(WIDTH / 2, HEIGHT - 12, f"Trained with a mean in which later tokens count more, step 3 alone has {causal:.1f} "
                     f"(LLM2Vec on that machine: {llm2vec:.1f}).", c["soft"], 12.5))  # fmt: skip
     return "\n".join([*out, "</svg>", ""])
 
