@@ -253,8 +253,8 @@ class LLM2Vec(nn.Module):
         if not settings and None in (pooling, causal) and any(member(folder, "modules.json").is_file() for folder in folders):
             warnings.warn(
                 f"{name}: was made for sentence-transformers; its pooling, its prompts and whether it is causal are not read. Give "
-                f"what it was trained with: pooling=... (now {pooling or 'mean'!r}), causal=... (now {bool(causal)}), and a prompt, "
-                "if it has one, as instruction=...",
+                f"what it was trained with: pooling=... (now {pooling or 'mean'!r}), causal=... (now {bool(causal)}), and "
+                "its prompt, if it has one, as the instruction",
                 stacklevel=2,
             )
         pooling = pooling or settings.get("pooling_mode", "mean")
